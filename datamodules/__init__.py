@@ -1,0 +1,25 @@
+"""Readers of captions, questions and stored features, and the embedded Shapes data set."""
+
+from .base import PictureDataModule
+from .captioning import CAPTION_PROMPT, CaptionDataModule
+from .images import BadImageError, read_image
+from .mixture import MixtureDataModule
+from .sample import Batch, Sample, SkippedSample
+from .vqa import VQA_PROMPT, VQADataModule
+from .word_classes import WORD_CLASSES, word_class
+
+__all__ = [
+    "CAPTION_PROMPT",
+    "VQA_PROMPT",
+    "WORD_CLASSES",
+    "BadImageError",
+    "Batch",
+    "CaptionDataModule",
+    "MixtureDataModule",
+    "PictureDataModule",
+    "Sample",
+    "SkippedSample",
+    "VQADataModule",
+    "read_image",
+    "word_class",
+]

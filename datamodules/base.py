@@ -1,0 +1,199 @@
+"""What all picture-and-text data modules share: splits, limits, collation, loaders."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import lightning as L
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from .annotations import data_folder
+from .images import BadImageError, read_image
+from .sample import Batch, Encoder, Sample, SkippedSample
+
+Item = tuple[Sample, Image.Image] | SkippedSample
+
+
+class _Pictures(Dataset[Item]):
+    """Reads each sample's picture when it is asked for."""
+
+    def __init__(self, samples: list[Sample], skip_bad_images: bool) -> None:
+        self.samples = samples
+        self.skip_bad_images = skip_bad_images
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Item:
+        sample = self.samples[index]
+        try:
+            return sample, read_image(sample.image)
+        except BadImageError as error:
+            if not self.skip_bad_images:
+                raise
+            return SkippedSample(sample.sample_id, str(error))
+
+
+class _Collate:
+    """Builds a `Batch` in the loader's worker, so that encoding overlaps with the model."""
+
+    def __init__(self, encode: Encoder) -> None:
+        self.encode = encode
+
+    def __call__(self, items: list[Item]) -> Batch:
+        skipped = [item for item in items if isinstance(item, SkippedSample)]
+        read = [item for item in items if not isinstance(item, SkippedSample)]
+        samples = [sample for sample, _ in read]
+        if not samples:
+            return Batch([], {}, skipped)
+        inputs = self.encode(
+            [image for _, image in read],
+            [sample.prompt for sample in samples],
+            [sample.target for sample in samples],
+        )
+        return Batch(samples, inputs, skipped)
+
+
+class _EpochSampler(DistributedSampler[Item]):
+    """Shuffles by seed and epoch, and can leave out what an interrupted epoch has already seen."""
+
+    def __init__(self, dataset: _Pictures, rank: int, world_size: int, seed: int, skip: int) -> None:
+        super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=True, seed=seed)
+        self.skip = skip
+
+    def __iter__(self) -> Iterator[Any]:
+        indices = list(super().__iter__())[self.skip :]
+        self.skip = 0
+        return iter(indices)
+
+
+class PictureDataModule(L.LightningDataModule, ABC):
+    """Base of the data modules that read pictures with texts.
+
+    Subclasses implement `read`. The running LightningModule must have an `encode` method (see
+    `sample.Encoder`); batches are `sample.Batch`.
+
+    Args:
+        root: Data folder.
+        prompt: What is asked about each picture (captioning), or what follows each question (VQA).
+        train_split: Split that `fit` learns from. Several are joined with `+`.
+        val_split: Split of `validate` and of validation during `fit`.
+        test_split: Split of `test`.
+        predict_split: Split of `predict`.
+        limit: At most this many samples of each split, the first ones; none by default.
+        batch_size: Samples per batch and process.
+        num_workers: Loader processes.
+        seed: Seed of the shuffling in `fit`.
+        skip_bad_images: Leave out unreadable pictures and list them in the result; by default one stops the run.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        prompt: str,
+        train_split: str,
+        val_split: str,
+        test_split: str,
+        predict_split: str,
+        limit: int | None = None,
+        batch_size: int = 16,
+        num_workers: int = 0,
+        seed: int = 0,
+        skip_bad_images: bool = False,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"--data.init_args.batch_size must be at least 1, got {batch_size}")
+        if limit is not None and limit < 1:
+            raise ValueError(f"--data.init_args.limit must be at least 1, got {limit}; leave it out for all")
+        self.root = Path(root)
+        self.prompt = prompt
+        self.splits = {
+            "fit": train_split,
+            "validate": val_split,
+            "test": test_split,
+            "predict": predict_split,
+        }
+        self.limit = limit
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self.skip_bad_images = skip_bad_images
+        # A resumed extraction sets this to the samples whose states are already on disk.
+        self.exclude_ids: frozenset[str] = frozenset()
+        self._samples: dict[str, list[Sample]] = {}
+
+    @abstractmethod
+    def read(self, split: str, training: bool) -> list[Sample]:
+        """Read the samples of one split.
+
+        Args:
+            split: Name of one split, without `+`.
+            training: Whether the samples are to be learned from.
+        """
+
+    def setup(self, stage: str) -> None:
+        """Read the annotation files of a stage."""
+        data_folder(self.root)
+        for part in ("fit", "validate") if stage == "fit" else (stage,):
+            if part not in self._samples:
+                self._samples[part] = self._read_all(part)
+
+    def samples(self, stage: str) -> list[Sample]:
+        """The samples of `fit`, `validate`, `test` or `predict`, after `setup`."""
+        return self._samples[stage]
+
+    def _read_all(self, stage: str) -> list[Sample]:
+        samples: list[Sample] = []
+        for split in self.splits[stage].split("+"):
+            samples += self.read(split, training=stage == "fit")
+        if not samples:
+            raise ValueError(f"{self.root}: split {self.splits[stage]!r} has no samples for `{stage}`")
+        return samples[: self.limit]
+
+    def train_dataloader(self) -> DataLoader[Item]:
+        """Shuffled batches with targets; after an interruption, those of the epoch that are still to come."""
+        trainer = self._trainer()
+        dataset = _Pictures(self.samples("fit"), self.skip_bad_images)
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.completed
+        sampler = _EpochSampler(
+            dataset, trainer.global_rank, trainer.world_size, self.seed, skip=done * self.batch_size
+        )
+        return self._loader(dataset, sampler)
+
+    def val_dataloader(self) -> DataLoader[Item]:
+        """Batches of the validation split, in order."""
+        return self._in_order("validate")
+
+    def test_dataloader(self) -> DataLoader[Item]:
+        """Batches of the test split, in order."""
+        return self._in_order("test")
+
+    def predict_dataloader(self) -> DataLoader[Item]:
+        """Batches of the predict split, in order, without those in `exclude_ids`."""
+        return self._in_order("predict")
+
+    def _in_order(self, stage: str) -> DataLoader[Item]:
+        samples = [sample for sample in self.samples(stage) if sample.sample_id not in self.exclude_ids]
+        return self._loader(_Pictures(samples, self.skip_bad_images))
+
+    def _loader(self, dataset: _Pictures, sampler: _EpochSampler | None = None) -> DataLoader[Item]:
+        encode = cast(Encoder, self._trainer().lightning_module.encode)
+        # `batch_size` by keyword: Lightning makes the loader anew under DDP from its keyword arguments.
+        return DataLoader(
+            dataset,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            collate_fn=_Collate(encode),
+            persistent_workers=self.num_workers > 0,
+        )
+
+    def _trainer(self) -> L.Trainer:
+        if self.trainer is None:
+            raise RuntimeError("a data module gives loaders to a Trainer only: pass it to trainer.fit and the like")
+        return self.trainer

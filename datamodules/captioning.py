@@ -1,0 +1,96 @@
+"""Captions in Karpathy's format: COCO, Flickr, and Shapes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from .annotations import read_annotations
+from .base import PictureDataModule
+from .images import image_path
+from .sample import Sample
+from .word_classes import word_class
+
+CAPTION_PROMPT = "Provide a one-sentence caption for the provided image."
+
+
+class CaptionDataModule(PictureDataModule):
+    """Pictures with reference captions, from a Karpathy `dataset_*.json`.
+
+    For `fit`, each caption is a sample of its own (id `<picture>#<sentence>`); otherwise each picture is one
+    (id `<picture>`) with all its captions as references. A picture's id is its `cocoid`, or its `imgid` where
+    the file has none.
+
+    Args:
+        root: Folder with the annotation file and the picture folders it names.
+        annotations: Name of the annotation file in `root`.
+        prompt: What the model is asked.
+        train_split: Split that `fit` learns from; `train+restval` joins two.
+        val_split: Split of `validate`.
+        test_split: Split of `test`.
+        predict_split: Split of `predict`.
+        caption_words: Learn only from captions with a word of this class: `colors`, `places`, `sentiments`, or
+            a list of words. Validation and prediction keep all pictures and captions.
+        limit: At most this many samples of each split.
+        batch_size: Samples per batch and process.
+        num_workers: Loader processes.
+        seed: Seed of the shuffling in `fit`.
+        skip_bad_images: Leave out unreadable pictures and list them in the result.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        annotations: str = "dataset_coco.json",
+        prompt: str = CAPTION_PROMPT,
+        train_split: str = "train",
+        val_split: str = "val",
+        test_split: str = "test",
+        predict_split: str = "val",
+        caption_words: str | list[str] | None = None,
+        limit: int | None = None,
+        batch_size: int = 16,
+        num_workers: int = 0,
+        seed: int = 0,
+        skip_bad_images: bool = False,
+    ) -> None:
+        super().__init__(
+            root, prompt, train_split, val_split, test_split, predict_split,
+            limit, batch_size, num_workers, seed, skip_bad_images,
+        )  # fmt: skip
+        self.annotations = annotations
+        self.caption_words = None if caption_words is None else word_class(caption_words)
+
+    def read(self, split: str, training: bool) -> list[Sample]:
+        """Read one split; see the class for what a sample is."""
+        path = self.root / self.annotations
+        rows = read_annotations(path, "images")["images"]
+        splits = sorted({str(row.get("split")) for row in rows})
+        if split not in splits:
+            raise ValueError(f"{path}: no split {split!r}; it has {', '.join(splits)}")
+        try:
+            samples = [self._samples_of(row, training) for row in rows if row["split"] == split]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: an entry of `images` lacks {error}; is this Karpathy's format?") from error
+        return [sample for of_picture in samples for sample in of_picture]
+
+    def _samples_of(self, row: dict[str, Any], training: bool) -> Iterable[Sample]:
+        picture = str(row["cocoid"] if "cocoid" in row else row["imgid"])
+        path = image_path(self.root, row.get("filepath", ""), row["filename"])
+        references = tuple(" ".join(sentence["raw"].split()) for sentence in row["sentences"])
+        learned = [
+            (number, caption)
+            for number, caption in enumerate(references)
+            if self.caption_words is None or _words(caption) & self.caption_words
+        ]
+        if training:
+            return [
+                Sample(f"{picture}#{number}", path, self.prompt, caption, references) for number, caption in learned
+            ]
+        target = learned[0][1] if learned else references[0]
+        return [Sample(picture, path, self.prompt, target, references)]
+
+
+def _words(caption: str) -> set[str]:
+    return set(re.findall(r"[^\W\d_]+", caption.lower()))

@@ -1,0 +1,56 @@
+"""Reads pictures from disk: upright, RGB, or with one clear error."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+MAX_PIXELS = 100_000_000
+"""Pictures with more pixels than this are refused before they are decoded (a decompression bomb)."""
+
+_WAY_OUT = "mend it, or leave such pictures out with --data.init_args.skip_bad_images=true"
+
+
+class BadImageError(ValueError):
+    """A picture that cannot be used; the message names it."""
+
+
+def image_path(root: Path, *parts: str) -> Path:
+    """Join a file name from an annotation file to the data folder.
+
+    Raises:
+        BadImageError: The name leads out of `root`.
+    """
+    path = root.joinpath(*parts)
+    if not path.resolve().is_relative_to(root.resolve()):
+        raise BadImageError(f"{'/'.join(parts)}: an annotation names a file outside {root}; {_WAY_OUT}")
+    return path
+
+
+def read_image(path: Path) -> Image.Image:
+    """Read one picture as RGB, turned upright by its EXIF orientation.
+
+    Grayscale, palette and CMYK pictures are converted.
+
+    Raises:
+        BadImageError: The picture is missing, truncated, no picture, or larger than `MAX_PIXELS`.
+    """
+    if not path.is_file():
+        raise BadImageError(f"{path}: no such picture; {_WAY_OUT}")
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns from 89 million pixels on; the limit that counts is ours.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as picture:
+                width, height = picture.size
+                if width * height > MAX_PIXELS:
+                    raise BadImageError(f"{path}: {width} x {height} pixels, more than {MAX_PIXELS:,}; {_WAY_OUT}")
+                return ImageOps.exif_transpose(picture).convert("RGB")
+    except Image.DecompressionBombError as error:
+        raise BadImageError(f"{path}: more than {MAX_PIXELS:,} pixels; {_WAY_OUT}") from error
+    except UnidentifiedImageError as error:
+        raise BadImageError(f"{path}: not a picture that Pillow can read; {_WAY_OUT}") from error
+    except (OSError, SyntaxError) as error:
+        raise BadImageError(f"{path}: truncated or damaged picture ({error}); {_WAY_OUT}") from error

@@ -1,0 +1,77 @@
+"""One sample and one batch: what every reader yields and every module takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture with what is asked about it and what is known of the answer.
+
+    Attributes:
+        sample_id: Names the sample in every output; unique within a split.
+        image: Path of the picture.
+        prompt: What the user says, without the model's chat template.
+        target: What the model should answer: learned in `fit`, read from when states of a given text are wanted.
+        references: Reference captions.
+        answers: The ten annotators' answers to a question.
+        answer_type: VQAv2's `yes/no`, `number` or `other`; empty for captions.
+        question_type: VQAv2's first words of a question; empty for captions.
+    """
+
+    sample_id: str
+    image: Path
+    prompt: str
+    target: str
+    references: tuple[str, ...] = ()
+    answers: tuple[str, ...] = ()
+    answer_type: str = ""
+    question_type: str = ""
+
+
+@dataclass(frozen=True)
+class SkippedSample:
+    """A sample whose picture could not be read, and why."""
+
+    sample_id: str
+    reason: str
+
+
+@dataclass
+class Batch:
+    """Samples with their encoding.
+
+    Attributes:
+        samples: The B samples, in the order of the rows of `inputs`.
+        inputs: What the model takes: `input_ids` and `attention_mask` [B, T], the pictures, and `labels`
+            [B, T] (the target's tokens; −100 wherever nothing is to be learned).
+        skipped: Samples left out because their picture is unreadable.
+    """
+
+    samples: list[Sample]
+    inputs: dict[str, torch.Tensor]
+    skipped: list[SkippedSample] = field(default_factory=list)
+
+    @property
+    def sample_ids(self) -> list[str]:
+        """The B sample ids."""
+        return [sample.sample_id for sample in self.samples]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """Move the tensors; Lightning calls this."""
+        inputs = {name: value.to(device, non_blocking=non_blocking) for name, value in self.inputs.items()}
+        return Batch(self.samples, inputs, self.skipped)
+
+
+class Encoder(Protocol):
+    """Turns pictures and texts into a model's inputs; a LightningModule provides it."""
+
+    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str], targets: Sequence[str]) -> dict[str, Any]:
+        """Encode a batch."""
