@@ -1,0 +1,5 @@
+"""Lightning glue: write features, fit dictionaries, measure shift, steer, score."""
+
+from .model_export import ModelExport
+
+__all__ = ["ModelExport"]

@@ -1,0 +1,42 @@
+"""`conceptshift fit | validate | test | predict`: LightningCLI in subclass mode."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import lightning as L
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+# Importing the rooms makes their classes known by their short names.
+from .. import callbacks, datamodules, lightning_modules  # noqa: F401
+
+
+class ConceptShiftCLI(LightningCLI):
+    """LightningCLI with this framework's defaults."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Set the defaults that differ from Lightning's."""
+        parser.set_defaults({"trainer.enable_model_summary": False, "trainer.logger": False})
+
+
+class SaveSubcommandConfig(SaveConfigCallback):
+    """Saves the configuration as `<subcommand>.yaml`, so that several runs can share a folder."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Name the file and save it beside the run's logs; a run without a logger has no folder for it."""
+        if trainer.logger is not None:
+            self.config_filename = f"{trainer.state.fn.value}.yaml" if trainer.state.fn else "config.yaml"
+            super().setup(trainer, pl_module, stage)
+
+
+def run(args: Sequence[str]) -> None:
+    """Run one of Lightning's subcommands."""
+    return_predictions = ["--return_predictions=false"] if args[0] == "predict" and "--help" not in args else []
+    ConceptShiftCLI(
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        seed_everything_default=0,
+        save_config_callback=SaveSubcommandConfig,
+        save_config_kwargs={"overwrite": True},
+        args=[args[0], *return_predictions, *args[1:]],
+    )

@@ -1,0 +1,51 @@
+"""Entry point of `conceptshift`."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+# Command → module in this package with `run(args)`, and what the overview says of it. Modules are imported when
+# their command is called, so that `conceptshift --help` answers at once.
+COMMANDS = {
+    "fit": ("lightning_cli", "fine-tune a model (LoRA or full), or train one from scratch"),
+    "validate": ("lightning_cli", "generate captions or answers and score them, steered or not"),
+    "test": ("lightning_cli", "the same on the test split"),
+    "predict": ("lightning_cli", "extract hidden states; fit dictionaries, measure shift, make steering vectors"),
+    "shapes": ("shapes", "generate the embedded data set"),
+    "shapes-model": ("shapes_model", "write a small untrained model for it"),
+    "sites": ("sites", "list the sites of a model"),
+    "demo": ("demo", "run the whole job on the embedded data set and write a report"),
+}
+
+
+def overview() -> str:
+    """What `conceptshift --help` prints."""
+    rows = "\n".join(f"  {name:<14}{text}" for name, (_, text) in COMMANDS.items())
+    return (
+        "usage: conceptshift COMMAND [options]\n\nWhat fine-tuning does to a vision-language model.\n\n"
+        f"{rows}\n\n`conceptshift COMMAND --help` explains one."
+    )
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status (0 done, 2 unusable input)."""
+    arguments = list(sys.argv[1:] if args is None else args)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(overview())
+        return 0
+    if arguments[0] not in COMMANDS:
+        print(f"conceptshift: no command {arguments[0]!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    command = importlib.import_module(f".{COMMANDS[arguments[0]][0]}", __package__)
+    try:
+        command.run(arguments)
+    except (ValueError, OSError) as error:
+        if os.environ.get("CONCEPTSHIFT_TRACEBACK"):
+            raise
+        # A loader process wraps an error in its traceback; the last line is the error itself.
+        print(f"conceptshift: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
+        return 2
+    return 0

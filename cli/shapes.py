@@ -1,0 +1,26 @@
+"""`conceptshift shapes`: generate the embedded data set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from jsonargparse import auto_cli
+
+from ..datamodules.shapes import write_shapes
+
+
+def shapes(out: str, images: int = 1000, seed: int = 0) -> None:
+    """Generate Shapes: small pictures with captions, questions, instance masks and regions in the usual formats.
+
+    Args:
+        out: Folder to make.
+        images: Number of pictures, at least 40.
+        seed: The same seed gives the same bytes.
+    """
+    print(write_shapes(Path(out), images, seed))
+
+
+def run(args: Sequence[str]) -> None:
+    """Run the command."""
+    auto_cli(shapes, args=list(args[1:]), as_positional=False)

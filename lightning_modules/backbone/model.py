@@ -1,0 +1,327 @@
+"""The one wrapper over any transformers vision-language model."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+from .generation import Generation
+from .interventions import Capture, RunningPass, Steering, steering
+from .prompts import IGNORED, PromptEncoder, prompts_only, with_positions
+from .sites import Site, final_norm, resolve_sites
+from .token_map import Role, TokenMap, answer_words, prompt_roles
+
+
+class VisionLanguageModel(nn.Module):
+    """A model with its processor, and an adapter that can be switched off and on.
+
+    Args:
+        model: The transformers model.
+        processor: Its processor.
+        source: What it was loaded from, for messages and metadata.
+    """
+
+    def __init__(self, model: Any, processor: Any, source: str) -> None:
+        super().__init__()
+        self.model = model
+        self.processor = processor
+        self.source = source
+        self.encode = PromptEncoder(processor, _image_token_id(model.config))
+        # PEFT injects its layers into `model` in place; the handle only switches and saves them. It is kept out
+        # of the module tree, where every parameter would be registered twice.
+        self._peft: list[PeftModel] = []
+        self._pass: RunningPass | None = None
+
+    @classmethod
+    def load(
+        cls,
+        model_id: str,
+        *,
+        revision: str | None = None,
+        adapter: str | None = None,
+        dtype: str = "auto",
+        attention: str = "sdpa",
+        random_weights: bool = False,
+    ) -> VisionLanguageModel:
+        """Load a model from a folder or the hub. Remote code is never run.
+
+        Args:
+            model_id: Folder or hub id.
+            revision: Commit or tag on the hub.
+            adapter: Folder or hub id of a PEFT adapter of this model.
+            dtype: `auto` (as saved), `float32`, `bfloat16` or `float16`.
+            attention: `sdpa`, `eager` or `flash_attention_2`.
+            random_weights: Take only configuration and processor, and initialise the weights from the current
+                seed with a variance of 1/fan-in, to train from scratch.
+
+        Raises:
+            ValueError: Nothing can be loaded from `model_id`, or `adapter` belongs to another model.
+        """
+        try:
+            processor = AutoProcessor.from_pretrained(model_id, revision=revision)
+            if random_weights:
+                config = AutoConfig.from_pretrained(model_id, revision=revision)
+                model = AutoModelForImageTextToText.from_config(config, attn_implementation=attention)
+                _initialise_by_fan_in(model)
+            else:
+                model = AutoModelForImageTextToText.from_pretrained(
+                    model_id, revision=revision, dtype=dtype, attn_implementation=attention
+                )
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise ValueError(
+                f"model_id {model_id!r}: no image-text-to-text model can be loaded from it ({first}); give a folder "
+                "in the Hugging Face layout or a hub id"
+            ) from error
+        wrapper = cls(model, processor, model_id)
+        if adapter is not None:
+            wrapper.load_adapter(adapter)
+        return wrapper
+
+    # --- adapters -----------------------------------------------------------------------------------------
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether an adapter is attached."""
+        return bool(self._peft)
+
+    def add_lora(self, config: LoraConfig) -> None:
+        """Attach a new LoRA adapter and freeze everything else.
+
+        Raises:
+            ValueError: `config.target_modules` matches nothing.
+        """
+        config.target_modules = config.target_modules or self.language_linears()
+        self._peft = [get_peft_model(self.model, config)]
+
+    def load_adapter(self, adapter: str) -> None:
+        """Attach a saved PEFT adapter, frozen.
+
+        Raises:
+            ValueError: It is missing, or was made for a model of another structure.
+        """
+        try:
+            self._peft = [PeftModel.from_pretrained(self.model, adapter)]
+        except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise ValueError(
+                f"adapter {adapter!r} does not fit {self.source!r} ({first}); give a PEFT folder made from this model"
+            ) from error
+
+    @contextmanager
+    def adapter_disabled(self) -> Iterator[None]:
+        """Within the context the model computes as if it had no adapter."""
+        with self._peft[0].disable_adapter() if self._peft else nullcontext():
+            yield
+
+    def save(self, folder: Path) -> None:
+        """Write the adapter in PEFT's layout, or the whole model and processor where there is no adapter."""
+        if self._peft:
+            self._peft[0].save_pretrained(str(folder))
+            return
+        self.model.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+
+    def adapter_hash(self) -> str | None:
+        """SHA-256 over the adapter's tensors; nothing without an adapter."""
+        if not self._peft:
+            return None
+        digest = hashlib.sha256()
+        for name, value in sorted(self.model.state_dict().items()):
+            if "lora_" in name:
+                digest.update(name.encode())
+                digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    # --- structure ----------------------------------------------------------------------------------------
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The language model without its head."""
+        decoder: nn.Module = self.model.get_decoder()
+        return decoder
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        return self.processor.tokenizer
+
+    @property
+    def final_norm(self) -> nn.Module:
+        """The norm between the last block and the unembedding."""
+        return final_norm(self.decoder)
+
+    @property
+    def unembed(self) -> nn.Module:
+        """The unembedding W_U: hidden states → logits."""
+        head: nn.Module = self.model.get_output_embeddings()
+        return head
+
+    @cached_property
+    def vocabulary(self) -> list[str]:
+        """Every row of the unembedding as decoded text; rows without a token are empty."""
+        rows = len(cast(Tensor, self.unembed.weight))
+        return [self.tokenizer.decode([token]) if token < len(self.tokenizer) else "" for token in range(rows)]
+
+    def language_linears(self) -> list[str]:
+        """Names of all linear layers in the blocks of the language model: what LoRA adapts by default."""
+        inside = {id(module) for module in self.decoder.layers.modules()}  # type: ignore[union-attr]
+        return [
+            name
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.Linear) and id(module) in inside
+        ]
+
+    def forward(self, inputs: dict[str, Tensor]) -> Any:
+        """Run the model on an encoded batch; with `labels` the output has the mean loss per answer token."""
+        return self.model(**inputs)
+
+    # --- running ------------------------------------------------------------------------------------------
+
+    def sites(self, patterns: Iterable[str]) -> list[Site]:
+        """Resolve site names and wildcards.
+
+        Raises:
+            ValueError: One matches nothing.
+        """
+        return list(resolve_sites(self.model, patterns, self.source).values())
+
+    @contextmanager
+    def intervene(self, *interventions: Steering) -> Iterator[None]:
+        """Apply interventions to every pass within the context; they end with it, whatever happens."""
+        with ExitStack() as stack:
+            for intervention in interventions:
+                (site,) = self.sites([intervention.site])
+                stack.enter_context(steering(site, intervention, lambda: self._pass))
+            yield
+
+    @torch.inference_mode()
+    def generate(self, inputs: dict[str, Tensor], max_new_tokens: int, sites: Sequence[Site] = ()) -> Generation:
+        """Answer the prompts of an encoded batch greedily, and read states on the way.
+
+        Args:
+            inputs: Encoded batch with any padding; answers in it (positions with a label) are left out.
+            max_new_tokens: Tokens to generate at most.
+            sites: Where to read states.
+        """
+        prompts = prompts_only(inputs, self.tokenizer.pad_token_id)
+        width = prompts["input_ids"].shape[1]
+        starts = torch.full((len(prompts["input_ids"]),), width, device=prompts["input_ids"].device)
+        capture = Capture(sites)
+        with self._running(self._map(prompts, starts)), capture.running():
+            sequences = self.model.generate(
+                **prompts, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=self.tokenizer.pad_token_id
+            )
+        answers = [_until_end(row, self._end_ids()) for row in sequences[:, width:].tolist()]
+        mask = torch.zeros_like(sequences)
+        mask[:, :width] = prompts["attention_mask"]
+        for row, answer in enumerate(answers):
+            mask[row, width : width + len(answer)] = 1
+        token_map = self._map({"input_ids": sequences, "attention_mask": mask}, starts, answers)
+        return self._finish(token_map, capture)
+
+    @torch.inference_mode()
+    def read(self, inputs: dict[str, Tensor], sites: Sequence[Site] = ()) -> Generation:
+        """Run over prompts with given answers and read states.
+
+        Args:
+            inputs: Encoded batch with labels, with any padding.
+            sites: Where to read states.
+        """
+        is_answer = inputs["labels"] != IGNORED
+        starts = is_answer.to(torch.uint8).argmax(dim=1)
+        answers = [
+            _until_end(ids[found].tolist(), self._end_ids())
+            for ids, found in zip(inputs["input_ids"], is_answer, strict=True)
+        ]
+        token_map = self._map(inputs, starts, answers)
+        capture = Capture(sites)
+        with self._running(token_map), capture.running():
+            self.model(**with_positions({name: value for name, value in inputs.items() if name != "labels"}))
+        return self._finish(token_map, capture)
+
+    def self_check(self) -> None:
+        """Check that unembedding(norm(state after the last block)) gives the model's own logits.
+
+        Raises:
+            ValueError: It does not; concepts and logit lens would not mean what the model says.
+        """
+        last = list(self.sites(["lm.block.*"]))[-1]
+        device = self.model.device
+        ids = torch.tensor([self.tokenizer("a picture of")["input_ids"]], device=device)
+        capture = Capture([last])
+        with torch.inference_mode(), capture.running():
+            logits = self.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+            state = next(iter(capture.raw().values()))
+            ours = self.unembed(self.final_norm(state))
+        tolerance = 1e-4 if logits.dtype == torch.float32 else 5e-2
+        difference = float((ours - logits).abs().max() / logits.abs().max())
+        if not difference <= tolerance:
+            raise ValueError(
+                f"{self.source}: unembedding(norm(lm.block.last)) differs from the model's logits by "
+                f"{difference:.1e} of their size; this architecture needs an entry in backbone/sites.py"
+            )
+
+    @contextmanager
+    def _running(self, token_map: TokenMap) -> Iterator[None]:
+        self._pass = RunningPass(token_map)
+        try:
+            yield
+        finally:
+            self._pass = None
+
+    def _map(self, inputs: dict[str, Tensor], starts: Tensor, answers: list[list[int]] | None = None) -> TokenMap:
+        ids = inputs["input_ids"]
+        roles = prompt_roles(ids, inputs["attention_mask"], self.encode.image_token_id, self._special_ids())
+        columns = torch.arange(ids.shape[1], device=ids.device)
+        roles[(roles == Role.PROMPT) & (columns >= starts[:, None])] = Role.ANSWER
+        answers = answers if answers is not None else [[] for _ in ids]
+        words = [answer_words(self.tokenizer, answer) for answer in answers]
+        return TokenMap(ids, roles, starts, answers, words)
+
+    def _finish(self, token_map: TokenMap, capture: Capture) -> Generation:
+        texts = self.tokenizer.batch_decode(token_map.answers, skip_special_tokens=True)
+        return Generation([text.strip() for text in texts], token_map, capture.states(token_map))
+
+    def _special_ids(self) -> list[int]:
+        return [*self.tokenizer.all_special_ids, *self._end_ids()]
+
+    def _end_ids(self) -> set[int]:
+        ends = self.model.generation_config.eos_token_id
+        if ends is None:
+            ends = self.tokenizer.eos_token_id
+        return set(ends) if isinstance(ends, list) else {ends}
+
+
+def _until_end(row: list[int], ends: set[int]) -> list[int]:
+    for position, token in enumerate(row):
+        if token in ends:
+            return row[: position + 1]
+    return row
+
+
+def _image_token_id(config: Any) -> int:
+    for name in ("image_token_id", "image_token_index"):
+        value = getattr(config, name, None)
+        if value is not None:
+            return int(value)
+    raise ValueError(f"{type(config).__name__} names no image token; this model is no image-text-to-text model")
+
+
+def _initialise_by_fan_in(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            fan_in = module.weight[0].numel()
+            nn.init.normal_(module.weight, std=fan_in**-0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)

@@ -1,0 +1,100 @@
+"""The token map: what stands at every position of every sample (METHODS §1)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*|\d+")
+
+
+class Role(IntEnum):
+    """What a position holds."""
+
+    PAD = 0
+    SPECIAL = 1
+    IMAGE = 2
+    PROMPT = 3
+    ANSWER = 4
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word of an answer, lower-cased, and the span of its sub-tokens (indices into the answer, both included)."""
+
+    text: str
+    first: int
+    last: int
+
+
+@dataclass
+class TokenMap:
+    """Positions of B samples in one batch of L columns.
+
+    The state in column p predicts the token in column p + 1, so the states of an answer begin one column before
+    the answer itself.
+
+    Attributes:
+        token_ids: Token ids [B, L].
+        roles: `Role` of every position [B, L].
+        answer_start: Column of each sample's first answer token [B].
+        answers: Each sample's answer tokens, end of sequence included.
+        words: Each sample's answer words.
+    """
+
+    token_ids: Tensor
+    roles: Tensor
+    answer_start: Tensor
+    answers: list[list[int]]
+    words: list[list[Word]]
+
+    @property
+    def first_column(self) -> Tensor:
+        """Column of each sample's first position that is no padding [B]."""
+        return (self.roles != Role.PAD).to(torch.uint8).argmax(dim=1)
+
+    def window(self, start: int, length: int) -> Tensor:
+        """Roles [B, length] from column `start` on; columns past the map hold answers still being generated."""
+        columns = self.roles[:, start : start + length]
+        missing = length - columns.shape[1]
+        if missing == 0:
+            return columns
+        return torch.cat([columns, columns.new_full((columns.shape[0], missing), Role.ANSWER)], dim=1)
+
+
+def prompt_roles(token_ids: Tensor, attention_mask: Tensor, image_token_id: int, special_ids: Sequence[int]) -> Tensor:
+    """Roles [B, L] of encoded prompts, from their ids and mask [B, L]."""
+    roles = torch.full_like(token_ids, Role.PROMPT)
+    roles[torch.isin(token_ids, torch.tensor(list(special_ids), device=token_ids.device))] = Role.SPECIAL
+    roles[token_ids == image_token_id] = Role.IMAGE
+    roles[attention_mask == 0] = Role.PAD
+    return roles
+
+
+def answer_words(tokenizer: Any, answer: Sequence[int]) -> list[Word]:
+    """Find the words of an answer and the sub-tokens of each.
+
+    Spans come from decoding ever longer beginnings of the answer, so they hold for any tokenizer and for answers
+    that it would itself have cut differently.
+    """
+    ends = [
+        len(tokenizer.decode(answer[: count + 1], skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        for count in range(len(answer))
+    ]
+    text = tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    words = []
+    for match in _WORD.finditer(text):
+        covering = [
+            index
+            for index, end in enumerate(ends)
+            if end > match.start() and (ends[index - 1] if index else 0) < match.end()
+        ]
+        if covering:
+            words.append(Word(match.group().lower(), covering[0], covering[-1]))
+    return words

@@ -1,0 +1,168 @@
+"""Fine-tunes a vision-language model, fully or by LoRA, and validates it by what it says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from peft import LoraConfig
+from torch import Tensor
+from transformers import get_scheduler
+
+from ..datamodules.sample import Batch
+from .backbone import VisionLanguageModel
+from .base import BackboneModule
+
+
+@dataclass
+class LoraOptions:
+    """A LoRA adapter.
+
+    Attributes:
+        rank: Rank of the update.
+        alpha: Scale; the update is multiplied by alpha / rank.
+        dropout: Dropout before the update.
+        target_modules: Names or name endings of the layers to adapt; by default all linear layers in the blocks
+            of the language model.
+    """
+
+    rank: int = 16
+    alpha: int = 32
+    dropout: float = 0.05
+    target_modules: list[str] | None = None
+
+
+class FineTuning(BackboneModule):
+    """Learns answers: full fine-tuning, or LoRA where `lora` is given. The loss counts answer tokens only.
+
+    `validate` and `test` generate greedily and hand the texts to the scoring callbacks. Checkpoints hold the
+    trainable parameters only.
+
+    Args:
+        model_id: Folder in the Hugging Face layout, or hub id.
+        revision: Commit or tag on the hub.
+        adapter: PEFT adapter to attach, frozen, for `validate` and `test`.
+        dtype: Precision of the weights: `auto` (as saved), `float32`, `bfloat16` or `float16`.
+        attention: Attention implementation: `sdpa`, `eager` or `flash_attention_2`.
+        max_new_tokens: Tokens to generate at most in validation.
+        lora: Train a LoRA adapter instead of the whole model.
+        random_weights: Train from scratch: take only configuration and processor from `model_id`.
+        optimizer: Optimizer of the trainable parameters.
+        schedule: Learning-rate schedule, by its name in transformers (`cosine`, `linear`, `constant`, …).
+        warmup: Share of all steps in which the learning rate rises from 0.
+        gradient_checkpointing: Recompute activations in the backward pass to save memory.
+    """
+
+    strict_loading = False
+
+    def __init__(
+        self,
+        model_id: str,
+        revision: str | None = None,
+        adapter: str | None = None,
+        dtype: str = "auto",
+        attention: str = "sdpa",
+        max_new_tokens: int = 25,
+        lora: LoraOptions | None = None,
+        random_weights: bool = False,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        schedule: str = "cosine",
+        warmup: float = 0.03,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__(model_id, revision, adapter, dtype, attention, max_new_tokens)
+        if lora is not None and adapter is not None:
+            raise ValueError("give either --model.init_args.lora (train a new adapter) or .adapter (use one), not both")
+        self.lora = lora
+        self.random_weights = random_weights
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.warmup = warmup
+        self.gradient_checkpointing = gradient_checkpointing
+
+    def load(self) -> VisionLanguageModel:
+        """Load the model and attach a new adapter if one is to be trained."""
+        if self.random_weights:
+            return VisionLanguageModel.load(self.model_id, attention=self.attention, random_weights=True)
+        backbone = super().load()
+        if self.lora is not None:
+            backbone.add_lora(
+                LoraConfig(
+                    r=self.lora.rank,
+                    lora_alpha=self.lora.alpha,
+                    lora_dropout=self.lora.dropout,
+                    target_modules=self.lora.target_modules,
+                    task_type="CAUSAL_LM",
+                )
+            )
+        return backbone
+
+    def configure_model(self) -> None:
+        """Load the model and prepare it for training where the Trainer fits."""
+        super().configure_model()
+        if self.gradient_checkpointing:
+            self.backbone.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            self.backbone.model.enable_input_require_grads()
+
+    def on_fit_start(self) -> None:
+        """Switch to training mode: models arrive in evaluation mode, and Lightning keeps what it finds."""
+        self.backbone.train()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Mean loss per answer token of one batch."""
+        if not batch.samples:
+            reasons = "; ".join(item.reason for item in batch.skipped)
+            raise ValueError(f"no readable picture in a whole training batch: {reasons}")
+        loss: Tensor = self.backbone(batch.inputs).loss
+        self.log("loss/train", loss, prog_bar=True, batch_size=len(batch.samples))
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """Generate for one batch; `texts` has one string a sample."""
+        return self._answer(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """As in validation."""
+        return self._answer(batch, "test")
+
+    def _answer(self, batch: Batch, stage: str) -> dict[str, Any]:
+        if not batch.samples:
+            return {"texts": []}
+        loss = self.backbone(batch.inputs).loss
+        self.log(f"loss/{stage}", loss, batch_size=len(batch.samples), sync_dist=True)
+        return {"texts": self.backbone.generate(batch.inputs, self.max_new_tokens).texts}
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer over the trainable parameters, with its schedule stepped every batch."""
+        optimizer = self.optimizer([parameter for parameter in self.parameters() if parameter.requires_grad])
+        steps = int(self.trainer.estimated_stepping_batches)
+        scheduler = get_scheduler(self.schedule, optimizer, round(self.warmup * steps), steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # --- checkpoints hold what is trained -----------------------------------------------------------------
+
+    def _trainable(self) -> set[str]:
+        return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """The trainable parameters only; a checkpoint of a LoRA run is as small as its adapter."""
+        trainable = self._trainable()
+        state: dict[str, Any] = super().state_dict(*args, **kwargs)
+        return {name: value for name, value in state.items() if name in trainable}
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Load the trainable parameters.
+
+        Raises:
+            ValueError: The checkpoint's parameters are not exactly the trainable ones of this module.
+        """
+        expected, found = self._trainable(), set(state_dict)
+        if expected != found:
+            odd = sorted(expected ^ found)[0]
+            raise ValueError(
+                f"--ckpt_path: {len(found)} parameters for the {len(expected)} that this configuration trains (first "
+                f"difference: {odd}); resume with the model and LoRA options of the run that wrote it"
+            )
+        return super().load_state_dict(state_dict, strict=False, assign=assign)
