@@ -147,6 +147,16 @@ class PictureDataModule(L.LightningDataModule, ABC):
         """The samples of `fit`, `validate`, `test` or `predict`, after `setup`."""
         return self._samples[stage]
 
+    def describe(self, stage: str) -> dict[str, Any]:
+        """What the samples of a stage depend on, for the metadata of what is made from them."""
+        return {
+            "class": type(self).__name__,
+            "root": str(self.root),
+            "prompt": self.prompt,
+            "split": self.splits[stage],
+            "limit": self.limit,
+        }
+
     def _read_all(self, stage: str) -> list[Sample]:
         samples: list[Sample] = []
         for split in self.splits[stage].split("+"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from .base import PictureDataModule
 from .sample import Sample
@@ -43,6 +44,10 @@ class MixtureDataModule(PictureDataModule):
     def read(self, split: str, training: bool) -> list[Sample]:
         """Not used: each part reads its own splits."""
         raise NotImplementedError
+
+    def describe(self, stage: str) -> dict[str, Any]:
+        """What each part depends on."""
+        return {"class": type(self).__name__, "parts": [part.describe(stage) for part in self.parts]}
 
     def _read_all(self, stage: str) -> list[Sample]:
         return [

@@ -1,6 +1,21 @@
 """The one wrapper over any transformers vision-language model."""
 
+from .generation import Generation, Rows
+from .interventions import Steering
 from .model import VisionLanguageModel
 from .prompts import PromptEncoder
+from .selectors import Selector
+from .sites import Site
+from .token_map import Role, TokenMap
 
-__all__ = ["PromptEncoder", "VisionLanguageModel"]
+__all__ = [
+    "Generation",
+    "PromptEncoder",
+    "Role",
+    "Rows",
+    "Selector",
+    "Site",
+    "Steering",
+    "TokenMap",
+    "VisionLanguageModel",
+]

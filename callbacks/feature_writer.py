@@ -1,0 +1,157 @@
+"""Writes extracted states to a feature store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+import transformers
+from lightning.pytorch.callbacks import Callback
+
+from .. import __version__
+from ..datamodules.base import PictureDataModule
+from ..datamodules.sample import Batch
+from ..datamodules.stored_features import FeatureShardWriter, Row, begin_store, merge_store, written_ids
+from ..lightning_modules import Extraction, FeatureExtraction
+
+
+class FeatureWriter(Callback):
+    """Writes the states of a `FeatureExtraction` to safetensors shards with a parquet index.
+
+    An interrupted extraction, started again, goes on where it stopped. Memory does not grow with the data.
+
+    Args:
+        folder: The feature store.
+        shard_rows: States per shard.
+        overwrite: Replace a finished store of another model or other data.
+    """
+
+    def __init__(self, folder: str, shard_rows: int = 4096, overwrite: bool = False) -> None:
+        self.folder = Path(folder)
+        self.shard_rows = shard_rows
+        self.overwrite = overwrite
+        self._writer: FeatureShardWriter | None = None
+        self._resumed: set[str] = set()
+        self._skipped: list[dict[str, str]] = []
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Leave out of the data what an interrupted run has already written; loaders are made after this."""
+        if not isinstance(pl_module, FeatureExtraction):
+            raise TypeError(f"FeatureWriter writes what FeatureExtraction reads, got {type(pl_module).__name__}")
+        data = getattr(trainer, "datamodule", None)
+        self._resumed = trainer.strategy.broadcast(written_ids(self.folder, describe_run(trainer, pl_module)))
+        if isinstance(data, PictureDataModule):
+            data.exclude_ids = frozenset(self._resumed)
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Prepare the store."""
+        assert isinstance(pl_module, FeatureExtraction)
+        if trainer.is_global_zero:
+            metadata = {**describe_run(trainer, pl_module), **describe_model(pl_module)}
+            begin_store(self.folder, metadata, bool(self._resumed), self.overwrite)
+        trainer.strategy.barrier()
+        self._writer = FeatureShardWriter(self.folder, trainer.global_rank, self.shard_rows)
+        self._skipped = []
+
+    def on_predict_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: list[Extraction],
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Add one batch, all variants of its samples at once."""
+        assert self._writer is not None
+        self._skipped += [{"sample_id": item.sample_id, "reason": item.reason} for item in batch.skipped]
+        if outputs:
+            self._writer.add(_sample_rows(outputs, batch), _state_rows(outputs, batch), _tensors(outputs))
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the rest and merge what all processes have written."""
+        assert self._writer is not None
+        self._writer.flush()
+        skipped = gather(self._skipped)
+        trainer.strategy.barrier()
+        if trainer.is_global_zero:
+            merge_store(self.folder, skipped)
+        trainer.strategy.barrier()
+
+
+def _sample_rows(outputs: list[Extraction], batch: Batch) -> list[Row]:
+    return [
+        {
+            "sample_id": sample.sample_id,
+            "variant": extraction.variant,
+            "image": str(sample.image),
+            "prompt": sample.prompt,
+            "text": text,
+            "references": list(sample.references),
+            "answers": list(sample.answers),
+        }
+        for extraction in outputs
+        for sample, text in zip(batch.samples, extraction.texts, strict=True)
+    ]
+
+
+def _state_rows(outputs: list[Extraction], batch: Batch) -> list[Row]:
+    return [
+        {
+            "sample_id": batch.samples[sample].sample_id,
+            "variant": extraction.variant,
+            "selector": rows.selector,
+            "position": position,
+            "token": token,
+        }
+        for extraction in outputs
+        for rows in extraction.rows
+        for sample, position, token in zip(rows.samples, rows.positions, rows.tokens, strict=True)
+    ]
+
+
+def _tensors(outputs: list[Extraction]) -> dict[str, torch.Tensor]:
+    """Site → states in the order of `_state_rows`."""
+    sites = outputs[0].rows[0].states
+    return {
+        site: torch.cat([rows.states[site] for extraction in outputs for rows in extraction.rows]) for site in sites
+    }
+
+
+def gather(rows: list[Any]) -> list[Any]:
+    """The rows of all processes, on every process."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return rows
+    parts: list[list[Any]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(parts, rows)
+    return [row for part in parts for row in part]
+
+
+def describe_run(trainer: L.Trainer, module: FeatureExtraction) -> Row:
+    """What makes the states what they are, as far as the configuration tells."""
+    data = getattr(trainer, "datamodule", None)
+    return {
+        "model_id": module.model_id,
+        "revision": module.revision,
+        "adapter": module.adapter,
+        "site_patterns": module.site_patterns,
+        "selectors": [selector.name for selector in module.selectors],
+        "variants": list(module.variants),
+        "answers": module.answers,
+        "max_new_tokens": module.max_new_tokens,
+        "precision": str(trainer.precision),
+        "data": data.describe("predict") if isinstance(data, PictureDataModule) else {},
+        "versions": {"conceptshift": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+    }
+
+
+def describe_model(module: FeatureExtraction) -> Row:
+    """What only the loaded model tells: its sites, and hashes of its weights."""
+    return {
+        "sites": [site.name for site in module.sites],
+        "weights_hash": module.backbone.weights_hash(),
+        "adapter_hash": module.backbone.adapter_hash(),
+    }

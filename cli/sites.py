@@ -1,0 +1,33 @@
+"""`conceptshift sites`: list the sites of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jsonargparse import auto_cli
+
+from ..lightning_modules import VisionLanguageModel
+
+
+def sites(model: str, revision: str | None = None) -> None:
+    """List where the hidden states of a model can be read or steered.
+
+    Args:
+        model: Folder in the Hugging Face layout, or hub id.
+        revision: Commit or tag on the hub.
+    """
+    backbone = VisionLanguageModel.load(model, revision=revision)
+    for site in backbone.sites(["*"]):
+        print(f"{site.name:<18}{site.at} of {type(site.module).__name__}, one state per {_ROWS[site.positions]}")
+
+
+_ROWS = {
+    "sequence": "position of the sequence",
+    "image": "visual token",
+    "patches": "patch of the picture",
+}
+
+
+def run(args: Sequence[str]) -> None:
+    """Run the command."""
+    auto_cli(sites, args=list(args[1:]), as_positional=False)

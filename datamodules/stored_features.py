@@ -1,0 +1,280 @@
+"""The feature store: hidden states on disk, written per process, merged by sample id.
+
+A store is a folder. While it is written, every process fills `rank-<r>/` with shards: `<n>.safetensors` (site → states
+[rows, D]), `<n>.states.parquet` (one row a state) and `<n>.samples.parquet` (one row a sample and variant). A shard is
+complete or absent, so an interrupted run goes on behind its last one. Merging writes `states.parquet` and
+`samples.parquet`, sorted by sample id, which makes a store independent of the number of processes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+STATE_COLUMNS = pa.schema(
+    [
+        ("sample_id", pa.string()),
+        ("variant", pa.string()),
+        ("selector", pa.string()),
+        ("position", pa.int32()),
+        ("token", pa.string()),
+        ("shard", pa.string()),
+        ("row", pa.int32()),
+    ]
+)
+"""One row a state: which sample, `original` or `destination`, which selector, where, and what it predicts."""
+
+SAMPLE_COLUMNS = pa.schema(
+    [
+        ("sample_id", pa.string()),
+        ("variant", pa.string()),
+        ("image", pa.string()),
+        ("prompt", pa.string()),
+        ("text", pa.string()),
+        ("references", pa.list_(pa.string())),
+        ("answers", pa.list_(pa.string())),
+    ]
+)
+"""One row a sample and variant: the picture, what was asked, and what the model answered."""
+
+Row = dict[str, Any]
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file under a temporary name and rename it, so that it is complete or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    working = path.with_name(f".{path.name}.part")
+    try:
+        write(working)
+        os.replace(working, path)
+    except OSError as error:
+        raise OSError(
+            f"{path}: cannot be written ({error.strerror or error}); free some space or choose another folder"
+        ) from error
+    finally:
+        working.unlink(missing_ok=True)
+
+
+def _write_table(path: Path, table: pa.Table) -> None:
+    _replace(path, lambda working: pq.write_table(table, working))
+
+
+def _write_json(path: Path, value: Any) -> None:
+    text = json.dumps(value, indent=1, sort_keys=True)
+    _replace(path, lambda working: working.write_text(text))
+
+
+class FeatureShardWriter:
+    """Writes one process's part of a store; holds at most one shard in memory.
+
+    Args:
+        folder: The store.
+        rank: This process.
+        shard_rows: States per shard.
+    """
+
+    def __init__(self, folder: Path, rank: int, shard_rows: int) -> None:
+        self.folder = folder
+        self.rank_folder = folder / f"rank-{rank:05d}"
+        self.shard_rows = shard_rows
+        self._samples: list[Row] = []
+        self._states: list[Row] = []
+        self._tensors: dict[str, list[Tensor]] = {}
+        self._shards = len(list(self.rank_folder.glob("*.samples.parquet")))
+
+    def add(self, samples: Sequence[Row], states: Sequence[Row], tensors: Mapping[str, Tensor]) -> None:
+        """Add whole samples.
+
+        Args:
+            samples: Rows of `SAMPLE_COLUMNS`.
+            states: N rows of `STATE_COLUMNS` without `shard` and `row`.
+            tensors: Site → states [N, D].
+        """
+        self._samples += samples
+        self._states += states
+        for site, tensor in tensors.items():
+            self._tensors.setdefault(site, []).append(tensor.cpu())
+        if len(self._states) >= self.shard_rows:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is held as one shard."""
+        if not self._samples:
+            return
+        name = f"{self._shards:06d}"
+        shard = f"{self.rank_folder.name}/{name}.safetensors"
+        for row, state in enumerate(self._states):
+            state.update(shard=shard, row=row)
+        tensors = {site: torch.cat(parts).contiguous() for site, parts in self._tensors.items()}
+        _replace(self.folder / shard, lambda working: save_file(tensors, working))
+        # `samples` comes last: a shard counts from the moment its samples are listed.
+        _write_table(self.rank_folder / f"{name}.states.parquet", pa.Table.from_pylist(self._states, STATE_COLUMNS))
+        _write_table(self.rank_folder / f"{name}.samples.parquet", pa.Table.from_pylist(self._samples, SAMPLE_COLUMNS))
+        self._shards += 1
+        self._samples, self._states, self._tensors = [], [], {}
+
+
+def written_ids(folder: Path, run: Row) -> set[str]:
+    """Ids of the samples that an interrupted run has already written.
+
+    Args:
+        folder: The store.
+        run: What makes the states what they are, as far as it is known before the model is loaded.
+
+    Returns:
+        The ids; empty where the folder holds no unfinished store of exactly this run.
+    """
+    found = _read_json(folder / "metadata.json")
+    if found is None or (folder / "states.parquet").exists() or any(found.get(key) != run[key] for key in run):
+        return set()
+    ids: set[str] = set()
+    for path in folder.glob("rank-*/*.samples.parquet"):
+        ids.update(pq.read_table(path, columns=["sample_id"])["sample_id"].to_pylist())
+    return ids
+
+
+def begin_store(folder: Path, metadata: Row, resumed: bool, overwrite: bool) -> None:
+    """Prepare a folder for writing. A store of the same run is written anew, unless it is being resumed.
+
+    Args:
+        folder: The store.
+        metadata: What makes the states what they are (model, adapter, sites, selectors, data).
+        resumed: Keep the shards that are there.
+        overwrite: Replace a finished store of another run.
+
+    Raises:
+        ValueError: The folder holds a finished store of another run, other files, or shards of other weights.
+    """
+    found = _read_json(folder / "metadata.json")
+    if found is None and folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder}: not empty and no feature store; choose another folder")
+    keep = resumed or (folder / "states.parquet").exists()
+    if keep and not overwrite and found is not None and found != metadata:
+        odd = next(key for key in sorted({*found, *metadata}) if found.get(key) != metadata.get(key))
+        raise ValueError(
+            f"{folder}: holds the features of another run ({odd} differs); choose another folder, or set "
+            "`overwrite: true` for FeatureWriter"
+        )
+    if resumed and found == metadata:
+        return
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    _write_json(folder / "metadata.json", metadata)
+
+
+def _read_json(path: Path) -> Row | None:
+    if not path.is_file():
+        return None
+    try:
+        content: Row = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: malformed JSON ({error}); remove the folder and extract again") from error
+    return content
+
+
+def merge_store(folder: Path, skipped: Sequence[Mapping[str, str]] = ()) -> None:
+    """Join the shards' indices; afterwards the store is finished.
+
+    Args:
+        folder: The store.
+        skipped: Samples left out (`sample_id`, `reason`), listed in `skipped.json`.
+
+    Raises:
+        ValueError: A sample was written twice, or there are no samples.
+    """
+    parts = sorted(folder.glob("rank-*/*.samples.parquet"))
+    if not parts:
+        raise ValueError(f"{folder}: no sample was extracted; is every picture unreadable?")
+    samples = pa.concat_tables([pq.read_table(path) for path in parts])
+    keys = list(zip(samples["sample_id"].to_pylist(), samples["variant"].to_pylist(), strict=True))
+    if len(set(keys)) != len(keys):
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(
+            f"{folder}: sample {twice[0]!r} ({twice[1]}) was written more than once; are sample ids unique?"
+        )
+    states = pa.concat_tables([pq.read_table(Path(str(path).replace(".samples.", ".states."))) for path in parts])
+    order = [("sample_id", "ascending"), ("variant", "ascending")]
+    _write_json(folder / "skipped.json", sorted(skipped, key=lambda row: row["sample_id"]))
+    _write_table(folder / "samples.parquet", samples.sort_by(order))
+    by_position = [*order, ("selector", "ascending"), ("position", "ascending")]
+    _write_table(folder / "states.parquet", states.sort_by(by_position))
+
+
+class FeatureStore:
+    """A finished store, for reading.
+
+    Args:
+        folder: The store.
+
+    Raises:
+        ValueError: The folder holds no finished store.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        if not (self.folder / "states.parquet").is_file():
+            state = "an unfinished feature store" if (self.folder / "metadata.json").is_file() else "no feature store"
+            raise ValueError(f"{self.folder}: {state}; run `conceptshift predict` with a FeatureWriter to the end")
+        self.metadata = _read_json(self.folder / "metadata.json") or {}
+        self._index = pq.read_table(self.folder / "states.parquet")
+
+    def samples(self, variant: str) -> dict[str, Row]:
+        """Sample id → row of `SAMPLE_COLUMNS`, in order of id."""
+        table = pq.read_table(self.folder / "samples.parquet", filters=[("variant", "=", variant)])
+        return {row["sample_id"]: row for row in table.to_pylist()}
+
+    def states(self, site: str, selector: str, variant: str) -> tuple[list[str], Tensor]:
+        """Read the states of one site.
+
+        Args:
+            site: Site they were read at.
+            selector: Selector that chose them.
+            variant: `original` or `destination`.
+
+        Returns:
+            Sample ids [N] and float32 states [N, D], in order of id and position.
+
+        Raises:
+            ValueError: There are none.
+        """
+        for name, value, known in (
+            ("site", site, self.metadata.get("sites", [])),
+            ("selector", selector, self.metadata.get("selectors", [])),
+            ("variant", variant, self.metadata.get("variants", [])),
+        ):
+            if value not in known:
+                raise ValueError(f"{self.folder}: no {name} {value!r}; the store has {', '.join(known)}")
+        wanted = pa.compute.and_(
+            pa.compute.equal(self._index["selector"], selector), pa.compute.equal(self._index["variant"], variant)
+        )
+        rows = self._index.filter(wanted)
+        if rows.num_rows == 0:
+            count = len(self.samples(variant))
+            raise ValueError(
+                f"{self.folder}: selector {selector!r} matched none of {count} {variant} samples; does the word occur?"
+            )
+        return rows["sample_id"].to_pylist(), self._gather(rows, site)
+
+    def _gather(self, rows: pa.Table, site: str) -> Tensor:
+        shards, positions = rows["shard"].to_pylist(), torch.tensor(rows["row"].to_pylist())
+        out: Tensor | None = None
+        for shard in sorted(set(shards)):
+            here = torch.tensor([name == shard for name in shards]).nonzero().flatten()
+            with safe_open(self.folder / shard, framework="pt") as file:
+                states = file.get_tensor(site)[positions[here]].float()
+            out = torch.empty(len(shards), states.shape[1]) if out is None else out
+            out[here] = states
+        assert out is not None
+        return out
