@@ -1,0 +1,40 @@
+"""Pure tensor mathematics of concepts: dictionaries, grounding, matching, shift, recovery, steering."""
+
+from .artifacts import content_hash, load_artifact, save_artifact
+from .dictionary import ConceptDictionary, load_dictionary
+from .grounding import english_lexicon, english_stop_words, ground_images, ground_words
+from .kmeans import KMeans
+from .matching import match_concepts
+from .recovery import Recovery, recovery, t_overlap
+from .report import FitReport
+from .semi_nmf import SemiNMF
+from .shift import ConceptShift, concept_shift, load_shift, pair_rows
+from .steering import coarse_vector, fine_vector, load_steering_vector, random_vector_like, save_steering_vector
+
+__all__ = [
+    "ConceptDictionary",
+    "ConceptShift",
+    "FitReport",
+    "KMeans",
+    "Recovery",
+    "SemiNMF",
+    "coarse_vector",
+    "concept_shift",
+    "content_hash",
+    "english_lexicon",
+    "english_stop_words",
+    "fine_vector",
+    "ground_images",
+    "ground_words",
+    "load_artifact",
+    "load_dictionary",
+    "load_shift",
+    "load_steering_vector",
+    "match_concepts",
+    "pair_rows",
+    "random_vector_like",
+    "recovery",
+    "save_artifact",
+    "save_steering_vector",
+    "t_overlap",
+]

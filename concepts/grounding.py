@@ -1,0 +1,125 @@
+"""What a concept means: the words its direction decodes to, and the samples that activate it most.
+
+Notation: U [K, D] dictionary, V [N, K] activations, W [T, D] unembedding of T tokens.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from functools import cache
+
+import torch
+from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
+from torch import Tensor
+from wordfreq import get_frequency_dict
+
+from ._precision import full_precision
+from ._validation import as_rows, check_at_least, check_same_width
+
+# One in three million words: rare enough for "surfboard" and "frisbee", and few fragments of words.
+_MINIMUM_FREQUENCY = 3e-7
+_MINIMUM_LETTERS = 3
+# Tokens decoded at a time, so that a bfloat16 unembedding is never copied to float32 as a whole.
+_TOKEN_CHUNK = 16_384
+
+
+@cache
+def english_lexicon() -> frozenset[str]:
+    """Lower-case English words of at least three letters, from the word list installed with `wordfreq`."""
+    frequencies = get_frequency_dict("en", wordlist="large")
+    return frozenset(
+        word for word, frequency in frequencies.items() if frequency >= _MINIMUM_FREQUENCY and _has_shape(word)
+    )
+
+
+def english_stop_words() -> frozenset[str]:
+    """English words that say nothing about a concept, from scikit-learn."""
+    return frozenset(ENGLISH_STOP_WORDS)
+
+
+@full_precision
+def ground_words(
+    U: Tensor,
+    unembedding: Tensor,
+    vocabulary: Sequence[str],
+    norm: Callable[[Tensor], Tensor] | None = None,
+    candidates: int = 50,
+    words: int = 10,
+    lexicon: Collection[str] | None = None,
+    stop_words: Collection[str] | None = None,
+) -> list[list[str]]:
+    """Words of each concept: the admissible ones among the tokens with the largest logits U Wᵀ.
+
+    CoX-LMM (arXiv 2406.08074, section 3). A token is admissible if it is, stripped and in lower case, an
+    English word of at least three letters and no stop word. The candidates are taken from all tokens and
+    filtered afterwards, so a concept that decodes to no words has an empty list.
+
+    Args:
+        U: concepts, [K, D].
+        unembedding: W, [T, D]; the logits are computed in float32, whatever its dtype.
+        vocabulary: the decoded string of each of the T tokens.
+        norm: the model's final norm, for concepts of a site before it; called on U in the dtype and on the device
+            of the unembedding.
+        candidates: tokens looked at for each concept (15 in the paper, 50 in its code, 200 for shifts).
+        words: words kept for each concept, at most.
+        lexicon: admissible words, lower case; `english_lexicon()` if not given.
+        stop_words: words left out; `english_stop_words()` if not given.
+
+    Returns:
+        K lists of distinct words, largest logit first.
+
+    Raises:
+        ValueError: if the widths of `U` and `unembedding` differ, the vocabulary has not one string a token, a
+            matrix is not finite, or `candidates` or `words` is below 1.
+    """
+    check_at_least(candidates, 1, "candidates")
+    check_at_least(words, 1, "words")
+    U = as_rows(U, "U")
+    check_same_width(U, unembedding, ("U", "unembedding"))
+    if len(vocabulary) != len(unembedding):
+        raise ValueError(
+            f"`vocabulary` must have one string for each of the {len(unembedding)} rows of `unembedding`, "
+            f"got {len(vocabulary)}: decode every id below {len(unembedding)}"
+        )
+    lexicon = english_lexicon() if lexicon is None else lexicon
+    stop_words = english_stop_words() if stop_words is None else stop_words
+    grounded = []
+    for tokens in _top_tokens(U, unembedding, norm, candidates):
+        decoded = (vocabulary[token].strip().lower() for token in tokens)
+        kept = (word for word in decoded if _has_shape(word) and word in lexicon and word not in stop_words)
+        grounded.append(list(dict.fromkeys(kept))[:words])
+    return grounded
+
+
+def _top_tokens(
+    U: Tensor, unembedding: Tensor, norm: Callable[[Tensor], Tensor] | None, candidates: int
+) -> list[list[int]]:
+    """Ids of the tokens with the largest logits, best first, ties by id: K lists of at most `candidates`."""
+    states = U.to(unembedding)
+    states = as_rows(states if norm is None else norm(states), "norm(U)")
+    logits = torch.cat([states @ chunk.float().T for chunk in torch.split(unembedding, _TOKEN_CHUNK)], dim=1)
+    order = as_rows(logits, "logits").sort(dim=1, descending=True, stable=True).indices
+    top: list[list[int]] = order[:, :candidates].tolist()
+    return top
+
+
+def _has_shape(word: str) -> bool:
+    return len(word) >= _MINIMUM_LETTERS and word.isascii() and word.isalpha()
+
+
+def ground_images(V: Tensor, images: int = 5) -> Tensor:
+    """Samples that activate each concept most, by |v_k| (CoX-LMM, section 3).
+
+    Args:
+        V: activations, [N, K].
+        images: samples for each concept (5 in the paper; 50 for recovery).
+
+    Returns:
+        Row indices, [K, images], int64, strongest first, ties by row; a dead concept ties everywhere.
+
+    Raises:
+        ValueError: if `V` is no finite floating matrix, or has fewer rows than `images`.
+    """
+    check_at_least(images, 1, "images")
+    V = as_rows(V, "V")
+    if images > len(V):
+        raise ValueError(f"`images` must be at most the number of samples, {len(V)}, got {images}")
+    return V.T.abs().sort(dim=1, descending=True, stable=True).indices[:, :images]
