@@ -1,6 +1,22 @@
 """Lightning glue: write features, fit dictionaries, measure shift, steer, score."""
 
+from .caption_scorer import CaptionScorer
+from .dictionary_fitter import DictionaryFitter
 from .feature_writer import FeatureWriter
 from .model_export import ModelExport
+from .shift_meter import ShiftMeter
+from .steerer import Steerer
+from .steering_vector_maker import StateSet, SteeringVectorMaker
+from .vqa_scorer import VQAScorer
 
-__all__ = ["FeatureWriter", "ModelExport"]
+__all__ = [
+    "CaptionScorer",
+    "DictionaryFitter",
+    "FeatureWriter",
+    "ModelExport",
+    "ShiftMeter",
+    "StateSet",
+    "Steerer",
+    "SteeringVectorMaker",
+    "VQAScorer",
+]

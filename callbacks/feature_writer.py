@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import torch
-import torch.distributed as dist
 import transformers
 from lightning.pytorch.callbacks import Callback
 
@@ -16,6 +14,7 @@ from ..datamodules.base import PictureDataModule
 from ..datamodules.sample import Batch
 from ..datamodules.stored_features import FeatureShardWriter, Row, begin_store, merge_store, written_ids
 from ..lightning_modules import Extraction, FeatureExtraction
+from .processes import gather
 
 
 class FeatureWriter(Callback):
@@ -119,15 +118,6 @@ def _tensors(outputs: list[Extraction]) -> dict[str, torch.Tensor]:
     return {
         site: torch.cat([rows.states[site] for extraction in outputs for rows in extraction.rows]) for site in sites
     }
-
-
-def gather(rows: list[Any]) -> list[Any]:
-    """The rows of all processes, on every process."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return rows
-    parts: list[list[Any]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(parts, rows)
-    return [row for part in parts for row in part]
 
 
 def describe_run(trainer: L.Trainer, module: FeatureExtraction) -> Row:

@@ -32,6 +32,7 @@ class CaptionDataModule(PictureDataModule):
         predict_split: Split of `predict`.
         caption_words: Learn only from captions with a word of this class: `colors`, `places`, `sentiments`, or
             a list of words. Validation and prediction keep all pictures and captions.
+        reference_words: Keep only pictures with one of these words in a reference, e.g. a token of interest.
         limit: At most this many samples of each split.
         batch_size: Samples per batch and process.
         num_workers: Loader processes.
@@ -49,6 +50,7 @@ class CaptionDataModule(PictureDataModule):
         test_split: str = "test",
         predict_split: str = "val",
         caption_words: str | list[str] | None = None,
+        reference_words: str | list[str] | None = None,
         limit: int | None = None,
         batch_size: int = 16,
         num_workers: int = 0,
@@ -61,6 +63,12 @@ class CaptionDataModule(PictureDataModule):
         )  # fmt: skip
         self.annotations = annotations
         self.caption_words = None if caption_words is None else word_class(caption_words)
+        self.reference_words = None if reference_words is None else word_class(reference_words)
+
+    def describe(self, stage: str) -> dict[str, Any]:
+        """What the samples of a stage depend on."""
+        words = None if self.reference_words is None else sorted(self.reference_words)
+        return {**super().describe(stage), "annotations": self.annotations, "reference_words": words}
 
     def read(self, split: str, training: bool) -> list[Sample]:
         """Read one split; see the class for what a sample is."""
@@ -79,6 +87,8 @@ class CaptionDataModule(PictureDataModule):
         picture = str(row["cocoid"] if "cocoid" in row else row["imgid"])
         path = image_path(self.root, row.get("filepath", ""), row["filename"])
         references = tuple(" ".join(sentence["raw"].split()) for sentence in row["sentences"])
+        if self.reference_words is not None and not any(_words(text) & self.reference_words for text in references):
+            return []
         learned = [
             (number, caption)
             for number, caption in enumerate(references)

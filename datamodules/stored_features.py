@@ -9,9 +9,8 @@ complete or absent, so an interrupted run goes on behind its last one. Merging w
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from .files import write_json, write_whole
 
 STATE_COLUMNS = pa.schema(
     [
@@ -51,28 +52,8 @@ SAMPLE_COLUMNS = pa.schema(
 Row = dict[str, Any]
 
 
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file under a temporary name and rename it, so that it is complete or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    working = path.with_name(f".{path.name}.part")
-    try:
-        write(working)
-        os.replace(working, path)
-    except OSError as error:
-        raise OSError(
-            f"{path}: cannot be written ({error.strerror or error}); free some space or choose another folder"
-        ) from error
-    finally:
-        working.unlink(missing_ok=True)
-
-
 def _write_table(path: Path, table: pa.Table) -> None:
-    _replace(path, lambda working: pq.write_table(table, working))
-
-
-def _write_json(path: Path, value: Any) -> None:
-    text = json.dumps(value, indent=1, sort_keys=True)
-    _replace(path, lambda working: working.write_text(text))
+    write_whole(path, lambda working: pq.write_table(table, working))
 
 
 class FeatureShardWriter:
@@ -117,7 +98,7 @@ class FeatureShardWriter:
         for row, state in enumerate(self._states):
             state.update(shard=shard, row=row)
         tensors = {site: torch.cat(parts).contiguous() for site, parts in self._tensors.items()}
-        _replace(self.folder / shard, lambda working: save_file(tensors, working))
+        write_whole(self.folder / shard, lambda working: save_file(tensors, working))
         # `samples` comes last: a shard counts from the moment its samples are listed.
         _write_table(self.rank_folder / f"{name}.states.parquet", pa.Table.from_pylist(self._states, STATE_COLUMNS))
         _write_table(self.rank_folder / f"{name}.samples.parquet", pa.Table.from_pylist(self._samples, SAMPLE_COLUMNS))
@@ -171,7 +152,7 @@ def begin_store(folder: Path, metadata: Row, resumed: bool, overwrite: bool) -> 
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
-    _write_json(folder / "metadata.json", metadata)
+    write_json(folder / "metadata.json", metadata)
 
 
 def _read_json(path: Path) -> Row | None:
@@ -206,7 +187,7 @@ def merge_store(folder: Path, skipped: Sequence[Mapping[str, str]] = ()) -> None
         )
     states = pa.concat_tables([pq.read_table(Path(str(path).replace(".samples.", ".states."))) for path in parts])
     order = [("sample_id", "ascending"), ("variant", "ascending")]
-    _write_json(folder / "skipped.json", sorted(skipped, key=lambda row: row["sample_id"]))
+    write_json(folder / "skipped.json", sorted(skipped, key=lambda row: row["sample_id"]))
     _write_table(folder / "samples.parquet", samples.sort_by(order))
     by_position = [*order, ("selector", "ascending"), ("position", "ascending")]
     _write_table(folder / "states.parquet", states.sort_by(by_position))

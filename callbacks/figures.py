@@ -1,0 +1,66 @@
+"""Figures for TensorBoard and the report: concepts with their words and pictures, and how they shift."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.loggers import TensorBoardLogger
+from matplotlib.figure import Figure
+from PIL import Image
+
+from ..datamodules.images import read_image
+
+_THUMBNAIL = 96
+
+
+def tensorboard(trainer: L.Trainer) -> Any | None:
+    """The TensorBoard writer of the run, or nothing where it logs elsewhere."""
+    return next((logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)), None)
+
+
+def thumbnail(path: str | Path) -> Image.Image:
+    """A picture as a small square; only its middle where it is oblong."""
+    picture = read_image(Path(path))
+    side = min(picture.size)
+    left, top = (picture.width - side) // 2, (picture.height - side) // 2
+    return picture.crop((left, top, left + side, top + side)).resize((_THUMBNAIL, _THUMBNAIL))
+
+
+def concept_figure(words: Sequence[Sequence[str]], images: Sequence[Sequence[str]]) -> Figure:
+    """One row a concept: its words and the pictures that activate it most.
+
+    Args:
+        words: Words of each concept.
+        images: Picture paths of each concept.
+    """
+    columns = max((len(paths) for paths in images), default=0)
+    figure = Figure(figsize=(3.2 + 1.1 * columns, 1.15 * len(words)), layout="constrained")
+    axes = figure.subplots(len(words), columns + 1, squeeze=False, width_ratios=[2.6, *[1.0] * columns])
+    for concept, (row, named, paths) in enumerate(zip(axes, words, images, strict=True)):
+        row[0].text(0, 0.5, f"{concept}: {', '.join(named) or '(no word)'}", wrap=True, va="center", fontsize=8)
+        for axis in row:
+            axis.axis("off")
+        for axis, path in zip(row[1:], paths, strict=False):
+            axis.imshow(thumbnail(path))
+    return figure
+
+
+def shift_figure(magnitude: Sequence[float], consistency: Sequence[float], gain: Sequence[float]) -> Figure:
+    """Bars per concept: how far it shifts, how consistently, and what the shift recovers.
+
+    Args:
+        magnitude: Length of each shift vector.
+        consistency: Mean cosine of the samples' own shifts with it.
+        gain: Rise of the T-Overlap with the destination's concept, in percentage points.
+    """
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    named = (("shift magnitude", magnitude), ("consistency", consistency), ("recovery gain (points)", gain))
+    for axis, (name, values) in zip(figure.subplots(3, sharex=True), named, strict=True):
+        axis.bar(range(len(values)), values, color="#3b6ea8")
+        axis.set_ylabel(name, fontsize=8)
+        axis.axhline(0, color="black", linewidth=0.5)
+    axis.set_xlabel("concept")
+    return figure

@@ -1,0 +1,40 @@
+"""Writes files that are complete or absent."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file under a temporary name beside it, and rename it when it is complete.
+
+    Args:
+        path: The file; its folder is made.
+        write: Writes the content to the path it is given.
+
+    Raises:
+        OSError: It cannot be written; nothing is left behind.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    working = path.with_name(f".{path.name}.part")
+    try:
+        write(working)
+        os.replace(working, path)
+    except Exception as error:
+        # safetensors reports a full disk as an error of its own.
+        if isinstance(error, OSError) or "os error" in str(error).lower():
+            reason = getattr(error, "strerror", None) or error
+            raise OSError(f"{path}: cannot be written ({reason}); free some space or choose another folder") from error
+        raise
+    finally:
+        working.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as readable JSON, complete or not at all."""
+    text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False)
+    write_whole(path, lambda working: working.write_text(text, encoding="utf-8"))
