@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Sequence
 
 import lightning as L
@@ -31,6 +33,7 @@ class SaveSubcommandConfig(SaveConfigCallback):
 
 def run(args: Sequence[str]) -> None:
     """Run one of Lightning's subcommands."""
+    _hush()
     return_predictions = ["--return_predictions=false"] if args[0] == "predict" and "--help" not in args else []
     ConceptShiftCLI(
         subclass_mode_model=True,
@@ -39,4 +42,15 @@ def run(args: Sequence[str]) -> None:
         save_config_callback=SaveSubcommandConfig,
         save_config_kwargs={"overwrite": True},
         args=[args[0], *return_predictions, *args[1:]],
+    )
+
+
+def _hush() -> None:
+    """Leave out messages that no user of this framework can act on."""
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "litlogger" not in record.getMessage() and "litmodels" not in record.getMessage()
     )

@@ -29,7 +29,7 @@ _RECEIPT = "shapes.json"
 _SPLITS = ("train",) * 32 + ("restval",) * 2 + ("val",) * 3 + ("test",) * 3
 
 
-def write_shapes(out: Path, images: int, seed: int = 0) -> Path:
+def write_shapes(out: Path, images: int, seed: int = 0, max_things: int = 3) -> Path:
     """Generate the data set below `out`.
 
     Writes `train2014/` and `val2014/` (JPEG), `dataset_coco.json` (Karpathy captions and splits),
@@ -41,16 +41,19 @@ def write_shapes(out: Path, images: int, seed: int = 0) -> Path:
         out: Folder to make; it appears only when it is complete.
         images: Number of pictures, at least 40, so that no split is empty.
         seed: Seed of scenes, drawing, wording and answers.
+        max_things: Things in a picture at most, 1 to 3.
 
     Returns:
         `out`.
 
     Raises:
-        ValueError: `images` is below 40, or `out` holds something else.
+        ValueError: `images` is below 40, `max_things` is not 1 to 3, or `out` holds something else.
     """
     if images < len(_SPLITS):
         raise ValueError(f"--images must be at least {len(_SPLITS)}, so that every split has some; got {images}")
-    receipt: Json = {"images": images, "seed": seed, "version": _VERSION}
+    if not 1 <= max_things <= 3:
+        raise ValueError(f"--max_things must be 1, 2 or 3, got {max_things}")
+    receipt: Json = {"images": images, "seed": seed, "max_things": max_things, "version": _VERSION}
     if out.exists() and any(out.iterdir()):
         found = _read_receipt(out)
         if found == receipt:
@@ -59,7 +62,7 @@ def write_shapes(out: Path, images: int, seed: int = 0) -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
     working = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        _write_all(working, images, seed)
+        _write_all(working, images, seed, max_things)
         _dump(working / _RECEIPT, receipt)
         working.chmod(0o755)
         if out.exists():
@@ -141,20 +144,20 @@ class _Tables:
         _dump(root / f"v2_mscoco_{folder}_annotations.json", {**vqa, "annotations": self.annotations})
 
 
-def _scenes(images: int, seed: int) -> Iterator[tuple[int, Scene, random.Random]]:
+def _scenes(images: int, seed: int, max_things: int) -> Iterator[tuple[int, Scene, random.Random]]:
     """Each picture has a random stream of its own, so that its look does not depend on how many there are."""
     for image_id in range(1, images + 1):
         rng = random.Random(f"{seed}-{image_id}")
-        yield image_id, random_scene(rng), rng
+        yield image_id, random_scene(rng, max_things), rng
 
 
-def _write_all(root: Path, images: int, seed: int) -> None:
+def _write_all(root: Path, images: int, seed: int, max_things: int) -> None:
     tables = {"train2014": _Tables(), "val2014": _Tables()}
     karpathy: list[Json] = []
     regions: list[Json] = []
     for folder in tables:
         (root / folder).mkdir()
-    for image_id, scene, rng in tqdm(_scenes(images, seed), "drawing shapes", images, leave=False):
+    for image_id, scene, rng in tqdm(_scenes(images, seed, max_things), "drawing shapes", images, leave=False):
         split = _SPLITS[(image_id - 1) % len(_SPLITS)]
         folder = "train2014" if split == "train" else "val2014"
         filename = f"COCO_{folder}_{image_id:012d}.jpg"

@@ -61,9 +61,9 @@ class Scene:
     things: tuple[Thing, ...]
 
 
-def random_scene(rng: random.Random) -> Scene:
-    """Draw one scene: half of them have one thing, three in ten two, two in ten three."""
-    count = rng.choices((1, 2, 3), weights=_COUNT_WEIGHTS)[0]
+def random_scene(rng: random.Random, max_things: int = 3) -> Scene:
+    """Draw one scene: half of them have one thing, three in ten two, two in ten three; `max_things` at most."""
+    count = min(max_things, rng.choices((1, 2, 3), weights=_COUNT_WEIGHTS)[0])
     centres = sorted(rng.sample(_CENTRES, count), key=lambda centre: (centre[1], centre[0]))
     things = tuple(
         Thing(rng.choice(KINDS), rng.choice(tuple(COLORS)), centre, rng.randint(11, 15)) for centre in centres

@@ -338,3 +338,6 @@ def _initialise_by_fan_in(model: nn.Module) -> None:
             nn.init.normal_(module.weight, std=fan_in**-0.5)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            # As large as what the other layers put beside them: positions that whisper are not heard for long.
+            nn.init.normal_(module.weight)

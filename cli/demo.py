@@ -1,0 +1,170 @@
+"""`conceptshift demo`: the whole job on the embedded data set, through the shipped configurations."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+from jsonargparse import auto_cli
+
+from ..datamodules import CaptionDataModule, VQADataModule
+from ..datamodules.files import write_json
+from ..datamodules.shapes import write_shapes
+from . import lightning_cli
+from .report import write_report
+
+T = TypeVar("T")
+
+PACKAGE = Path(__file__).resolve().parent.parent
+_VERSIONS = (
+    "conceptshift",
+    "torch",
+    "lightning",
+    "transformers",
+    "peft",
+    "torchmetrics",
+    "pycocoevalcap",
+    "scikit-learn",
+)
+_TARGET_ANSWER = "no"
+
+
+def demo(out: str = "checkpoints/demo", images: int = 4000) -> None:
+    """Fine-tune, extract, learn concepts, measure their shift, steer, score, report; on a CPU in a few minutes.
+
+    Args:
+        out: Folder of the run; data, configurations, adapter, features, TensorBoard logs, results, report.
+        images: Pictures to generate.
+    """
+    job = _Demo(Path(out))
+    job.stage("data", lambda: write_shapes(job.out / "data", images))
+    job.stage("score original", job.score_original)
+    job.stage("fine-tune", lambda: job.run("fit", "finetune"))
+    job.stage("extract, concepts, shift", lambda: job.run("predict", "shift"))
+    job.stage("steering vector", lambda: job.run("predict", "answer_vector"))
+    job.stage("score destination", job.score_destination)
+    job.stage("score steered", job.score_steered)
+    results = job.out / "results.json"
+    job.write_samples()
+    write_json(results, job.results())
+    report = job.stage("report", lambda: write_report(job.out))
+    write_json(results, job.results())
+    print(f"\nresults      {results}\nreport       {report}\nTensorBoard  tensorboard --logdir {job.out}")
+
+
+class _Demo:
+    """One run: its folder, its copies of the configurations, and how long each stage took."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.seconds: dict[str, float] = {}
+
+    def stage(self, name: str, work: Callable[[], T]) -> T:
+        """Do one part and note its time."""
+        print(f"\n=== {name}", flush=True)
+        start = time.perf_counter()
+        done = work()
+        self.seconds[name] = round(time.perf_counter() - start, 1)
+        return done
+
+    def run(self, subcommand: str, config: str, *options: str, answers: str | None = None) -> None:
+        """Run a shipped configuration with its paths moved into this run's folder.
+
+        The moved copy stays in `configs/`, so that each step can be run again by hand.
+
+        Args:
+            subcommand: `fit`, `predict` or `validate`.
+            config: Name of the configuration.
+            options: More options of the command line.
+            answers: Name of the file that captions or answers are written to.
+        """
+        text = (PACKAGE / "configs" / f"{config}.yaml").read_text()
+        text = text.replace("checkpoints/shapes-llava", str(PACKAGE / "checkpoints" / "shapes-llava"))
+        text = text.replace("data/shapes", str(self.out / "data"))
+        text = re.sub(r"(?<![\w/])checkpoints/(?=[a-z_]+[/,])", f"{self.out}/", text)
+        text = re.sub(
+            rf"{re.escape(str(self.out))}/{config}/(captions|answers)\.json", f"{self.out}/{answers}.json", text
+        )
+        path = self.out / "configs" / f"{answers or config}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        print(f"conceptshift {subcommand} --config {path} {' '.join(options)}")
+        lightning_cli.run([subcommand, "--config", str(path), *options])
+
+    # --- scoring --------------------------------------------------------------------------------------------
+
+    def score_original(self) -> None:
+        """Captions and answers of the original."""
+        self.run("validate", "caption", answers="captions-original")
+        self.run("validate", "vqa", answers="answers-original")
+
+    def score_destination(self) -> None:
+        """Captions of the destination."""
+        adapter = str(self.out / "finetune" / "adapter")
+        self.run("validate", "caption", "--model.init_args.adapter", adapter, answers="captions-destination")
+
+    def score_steered(self) -> None:
+        """Captions and answers of the steered original."""
+        self.run("validate", "steer_caption", answers="captions-steered")
+        self.run("validate", "steer_vqa", answers="answers-steered")
+
+    # --- results --------------------------------------------------------------------------------------------
+
+    def write_samples(self) -> None:
+        """Write what was asked about which picture, for the report."""
+        parts = {
+            "caption": CaptionDataModule(str(self.out / "data")),
+            "question": VQADataModule(str(self.out / "data")),
+        }
+        samples = {
+            f"{name}/{sample.sample_id}": {"image": str(sample.image), "prompt": sample.prompt}
+            for name, data in parts.items()
+            for sample in data.read(data.splits["validate"], training=False)
+        }
+        write_json(self.out / "samples.json", samples)
+
+    def results(self) -> dict[str, Any]:
+        """The figures of the run, as each stage measured them."""
+        return {
+            "captioning": {name: self._captions(name) for name in ("original", "destination", "steered")},
+            "vqa": {name: self._answers(name) for name in ("original", "steered")},
+            "concepts": {name: self._concepts(name) for name in ("semi_nmf", "kmeans")},
+            "shift": self._shift("kmeans"),
+            "seconds": self.seconds,
+            "versions": {name: version(name) for name in _VERSIONS} | {"python": platform.python_version()},
+        }
+
+    def _captions(self, name: str) -> dict[str, float]:
+        scored = _read(self.out / f"captions-{name}.json")
+        kept = {measure: scored["scores"][measure] for measure in ("CIDEr", "BLEU-4", "ROUGE-L")}
+        return {**kept, "color_share": scored["scores"]["word_share"]}
+
+    def _answers(self, name: str) -> dict[str, float]:
+        scored = _read(self.out / f"answers-{name}.json")
+        kept = {measure: scored["scores"][measure] for measure in ("overall", "yes/no", "number", "other")}
+        return {**kept, "target_answers": scored["answers"].get(_TARGET_ANSWER, 0)}
+
+    def _concepts(self, name: str) -> dict[str, Any]:
+        fitted = _read(self.out / "shift" / "concepts" / f"original-{name}" / "concepts.json")
+        return {measure: fitted[measure] for measure in ("k", "explained_variance", "overlap", "words")}
+
+    def _shift(self, name: str) -> dict[str, float]:
+        shift = _read(self.out / "shift" / "shift" / name / "shift.json")
+        names = ("recovery_original", "recovery_shifted", "consistency", "matched_cosine_gain")
+        return {measure: shift[measure] for measure in names}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content
+
+
+def run(args: Sequence[str]) -> None:
+    """Run the command."""
+    auto_cli(demo, args=list(args[1:]), as_positional=False)
