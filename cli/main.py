@@ -16,6 +16,7 @@ COMMANDS = {
     "predict": ("lightning_cli", "extract hidden states; fit dictionaries, measure shift, make steering vectors"),
     "shapes": ("shapes", "generate the embedded data set"),
     "shapes-model": ("shapes_model", "write a small untrained model for it"),
+    "report": ("report", "write the HTML report of a run folder again"),
     "sites": ("sites", "list the sites of a model"),
     "demo": ("demo", "run the whole job on the embedded data set and write a report"),
 }
