@@ -136,6 +136,8 @@ class _Demo:
             "vqa": {name: self._answers(name) for name in ("original", "steered")},
             "concepts": {name: self._concepts(name) for name in ("semi_nmf", "kmeans")},
             "shift": self._shift("kmeans"),
+            "model": "shapes-llava, fine-tuned by LoRA on captions that name a color",
+            "data": "Shapes, generated",
             "seconds": self.seconds,
             "versions": {name: version(name) for name in _VERSIONS} | {"python": platform.python_version()},
         }

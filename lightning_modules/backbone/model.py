@@ -5,18 +5,20 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from .generation import Generation
 from .interventions import Capture, RunningPass, Steering, steering
+from .patch_grid import PatchGrid, find_patch_grid
 from .prompts import IGNORED, PromptEncoder, prompts_only, with_positions
 from .sites import Site, final_norm, resolve_sites
 from .token_map import Role, TokenMap, answer_words, prompt_roles
@@ -190,6 +192,21 @@ class VisionLanguageModel(nn.Module):
     def forward(self, inputs: dict[str, Tensor]) -> Any:
         """Run the model on an encoded batch; with `labels` the output has the mean loss per answer token."""
         return self.model(**inputs)
+
+    @lru_cache(maxsize=256)  # noqa: B019 - the model lives as long as the process
+    def patch_grid(self, width: int, height: int) -> PatchGrid:
+        """Where the visual tokens of a picture of this size lie in it.
+
+        Args:
+            width: Width of the original picture in pixels.
+            height: Its height.
+
+        Raises:
+            ValueError: The model arranges visual tokens in a way that is not known.
+        """
+        ids = self.encode([Image.new("RGB", (width, height))], ["."])["input_ids"]
+        tokens = int((ids == self.encode.image_token_id).sum())
+        return find_patch_grid(self.processor.image_processor, width, height, tokens)
 
     # --- running ------------------------------------------------------------------------------------------
 

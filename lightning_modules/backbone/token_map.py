@@ -59,6 +59,12 @@ class TokenMap:
         """Column of each sample's first position that is no padding [B]."""
         return (self.roles != Role.PAD).to(torch.uint8).argmax(dim=1)
 
+    @property
+    def image_index(self) -> Tensor:
+        """Number of the visual token at each image position, −1 elsewhere [B, L]; indexes a `PatchGrid`."""
+        is_image = self.roles == Role.IMAGE
+        return torch.where(is_image, is_image.cumsum(dim=1) - 1, -1)
+
     def window(self, start: int, length: int) -> Tensor:
         """Roles [B, length] from column `start` on; columns past the map hold answers still being generated."""
         columns = self.roles[:, start : start + length]
