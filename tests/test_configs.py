@@ -1,0 +1,61 @@
+"""Every shipped configuration opens with commands that the real classes accept."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conceptshift.cli.lightning_cli import ConceptShiftCLI
+from conceptshift.cli.main import COMMANDS
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+SUBCOMMANDS = [name for name, (module, _) in COMMANDS.items() if module == "lightning_cli"]
+
+
+class ParseOnly(ConceptShiftCLI):
+    """Reads and checks a command line, but makes nothing of it."""
+
+    def instantiate_classes(self) -> None:
+        pass
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+def commands(config: Path) -> Iterator[list[str]]:
+    """The commands in the comment that a configuration opens with."""
+    for line in config.read_text().splitlines():
+        if not line.startswith("#"):
+            return
+        if line.startswith("#   conceptshift "):
+            yield shlex.split(line.removeprefix("#   conceptshift "))
+
+
+def test_there_are_configurations() -> None:
+    assert len(CONFIGS) >= 10
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=[str(path.relative_to(ROOT / "configs")) for path in CONFIGS])
+def test_header_commands_parse(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    # Lightning compares what it is given with the command line of the process.
+    monkeypatch.setattr("sys.argv", ["conceptshift"])
+    found = list(commands(config))
+    named = str(config.relative_to(ROOT))
+    assert any(named in command for command in found), f"{named} does not open with a command that runs it"
+    for command in found:
+        assert command[0] in COMMANDS
+        if command[0] in SUBCOMMANDS:
+            ParseOnly(subclass_mode_model=True, subclass_mode_data=True, args=command)
+
+
+def test_a_wrong_key_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.argv", ["conceptshift"])
+    wrong = ["validate", "--config", "configs/vqa.yaml", "--model.init_args.no_such_key", "1"]
+    with pytest.raises(SystemExit):
+        ParseOnly(subclass_mode_model=True, subclass_mode_data=True, args=wrong)
+    assert "no_such_key" in capsys.readouterr().err
