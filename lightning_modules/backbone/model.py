@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cached_property, lru_cache
@@ -14,10 +13,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from .generation import Generation
 from .interventions import Capture, RunningPass, Steering, steering
+from .loading import image_token_id, load_pretrained, tensor_hash
 from .patch_grid import PatchGrid, find_patch_grid
 from .prompts import IGNORED, PromptEncoder, prompts_only, with_positions
 from .sites import Site, final_norm, resolve_sites
@@ -38,7 +37,7 @@ class VisionLanguageModel(nn.Module):
         self.model = model
         self.processor = processor
         self.source = source
-        self.encode = PromptEncoder(processor, _image_token_id(model.config))
+        self.encode = PromptEncoder(processor, image_token_id(model.config))
         # PEFT injects its layers into `model` in place; the handle only switches and saves them. It is kept out
         # of the module tree, where every parameter would be registered twice.
         self._peft: list[PeftModel] = []
@@ -69,22 +68,9 @@ class VisionLanguageModel(nn.Module):
         Raises:
             ValueError: Nothing can be loaded from `model_id`, or `adapter` belongs to another model.
         """
-        try:
-            processor = AutoProcessor.from_pretrained(model_id, revision=revision)
-            if random_weights:
-                config = AutoConfig.from_pretrained(model_id, revision=revision)
-                model = AutoModelForImageTextToText.from_config(config, attn_implementation=attention)
-                _initialise_by_fan_in(model)
-            else:
-                model = AutoModelForImageTextToText.from_pretrained(
-                    model_id, revision=revision, dtype=dtype, attn_implementation=attention
-                )
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise ValueError(
-                f"model_id {model_id!r}: no image-text-to-text model can be loaded from it ({first}); give a folder "
-                "in the Hugging Face layout or a hub id"
-            ) from error
+        model, processor = load_pretrained(
+            model_id, revision=revision, dtype=dtype, attention=attention, random_weights=random_weights
+        )
         wrapper = cls(model, processor, model_id)
         if adapter is not None:
             wrapper.load_adapter(adapter)
@@ -134,15 +120,15 @@ class VisionLanguageModel(nn.Module):
         self.model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
 
-    def adapter_hash(self) -> str | None:
+    def adaptertensor_hash(self) -> str | None:
         """SHA-256 over the adapter's tensors; nothing without an adapter."""
         if not self._peft:
             return None
-        return _hash({name: value for name, value in self.model.state_dict().items() if "lora_" in name})
+        return tensor_hash({name: value for name, value in self.model.state_dict().items() if "lora_" in name})
 
-    def weights_hash(self) -> str:
+    def weightstensor_hash(self) -> str:
         """SHA-256 over the first values of every tensor of the model: tells two models apart without reading all."""
-        return _hash(
+        return tensor_hash(
             {
                 name.replace(".base_layer", ""): value.flatten()[:64]
                 for name, value in self.model.state_dict().items()
@@ -330,31 +316,3 @@ def _until_end(row: list[int], ends: set[int]) -> list[int]:
         if token in ends:
             return row[: position + 1]
     return row
-
-
-def _hash(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, value in sorted(tensors.items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _image_token_id(config: Any) -> int:
-    for name in ("image_token_id", "image_token_index"):
-        value = getattr(config, name, None)
-        if value is not None:
-            return int(value)
-    raise ValueError(f"{type(config).__name__} names no image token; this model is no image-text-to-text model")
-
-
-def _initialise_by_fan_in(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            fan_in = module.weight[0].numel()
-            nn.init.normal_(module.weight, std=fan_in**-0.5)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
-            # As large as what the other layers put beside them: positions that whisper are not heard for long.
-            nn.init.normal_(module.weight)
