@@ -27,8 +27,8 @@ from torch.utils.hooks import RemovableHandle
 
 torch.set_num_threads(1)
 
-# Lightning's seed_everything leaves these behind by design.
-_NOT_OURS = ("PL_", "PYTEST_")
+# Lightning's seed_everything and OpenMP leave these behind by design.
+_NOT_OURS = ("PL_", "PYTEST_", "KMP_")
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def _left(before: set[threading.Thread]) -> list[threading.Thread]:
 
 
 @pytest.fixture(autouse=True)
-def no_leaks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def no_leaks() -> Iterator[None]:
     """Fail a test that leaves hooks of ours, threads, loader processes, variables or a process group behind."""
     handles: list[tuple[RemovableHandle, str]] = []
 
@@ -75,10 +75,11 @@ def no_leaks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
         return register
 
-    for name in ("register_forward_hook", "register_forward_pre_hook"):
-        monkeypatch.setattr(torch.nn.Module, name, recorded(getattr(torch.nn.Module, name)))
     threads, environment = set(threading.enumerate()), dict(os.environ)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("register_forward_hook", "register_forward_pre_hook"):
+            patch.setattr(torch.nn.Module, name, recorded(getattr(torch.nn.Module, name)))
+        yield
     kept = [name for handle, name in handles if handle.id in (handle.hooks_dict_ref() or {})]
     assert not kept, f"hooks left on a model: {kept}"
     if _left(threads) or multiprocessing.active_children():
@@ -91,7 +92,7 @@ def no_leaks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ours = {key: value for key, value in os.environ.items() if not key.startswith(_NOT_OURS)}
     before = {key: value for key, value in environment.items() if not key.startswith(_NOT_OURS)}
     for key in set(os.environ) - set(environment):
-        if key.startswith("PL_"):
+        if key.startswith(_NOT_OURS):
             del os.environ[key]
     assert ours == before
     assert not torch.distributed.is_initialized()
@@ -99,11 +100,13 @@ def no_leaks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def _speak_in_words(model: VisionLanguageModel) -> None:
     """Make an untrained model prefer whole words and the end of sequence to single bytes."""
+    weight = model.unembed.weight
+    assert isinstance(weight, torch.Tensor)
     with torch.no_grad():
         for token, text in enumerate(model.vocabulary):
             if text.startswith(" ") and text.strip().isalpha() and len(text) > 3:
-                model.unembed.weight[token] *= 3  # type: ignore[operator]
-        model.unembed.weight[model.tokenizer.eos_token_id] *= 5  # type: ignore[operator,index]
+                weight[token] *= 3
+        weight[model.tokenizer.eos_token_id] *= 5
 
 
 @pytest.fixture(scope="session")
@@ -148,9 +151,7 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def cli(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Callable[..., Ran]:
+def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Ran]:
     """Call `conceptshift` in this process, in an empty folder."""
     monkeypatch.chdir(tmp_path)
 

@@ -10,7 +10,7 @@ import torch
 from conceptshift.datamodules import CaptionDataModule, VQADataModule, read_image
 from conceptshift.datamodules.sample import Sample
 from conceptshift.lightning_modules import VisionLanguageModel
-from conceptshift.lightning_modules.backbone import Generation, Selector
+from conceptshift.lightning_modules.backbone import Generation, Role, Selector
 from torch import Tensor
 
 SELECTORS = ("all", "prompt", "last_prompt", "image", "text", "answer", "answer_mean", "-1", "66:-2")
@@ -78,12 +78,16 @@ def _by_sample(
 
 
 @pytest.fixture(scope="module")
-def alone(shared_backbone: VisionLanguageModel, samples: list[Sample]) -> dict[str, list[tuple[str, dict[str, list[tuple[int, str, Tensor]]]]]]:
+def alone(
+    shared_backbone: VisionLanguageModel, samples: list[Sample]
+) -> dict[str, list[tuple[str, dict[str, list[tuple[int, str, Tensor]]]]]]:
     """Every sample by itself, where nothing is padded."""
     return {mode: run(shared_backbone, samples, 1, mode) for mode in ("generate", "read")}
 
 
-@pytest.mark.parametrize("mode", ["generate", "generate with targets", "generate with targets left", "read", "read left"])
+@pytest.mark.parametrize(
+    "mode", ["generate", "generate with targets", "generate with targets left", "read", "read left"]
+)
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 def test_texts_and_states_do_not_depend_on_batch_or_padding(
     shared_backbone: VisionLanguageModel,
@@ -174,6 +178,9 @@ def test_answer_mean_is_the_mean_before_the_end_of_sequence(
         expected = single.states["lm.block.1"][first : first + counted].mean(dim=0)
         torch.testing.assert_close(means.states["lm.block.1"][row], expected)
     ended = [answer for answer in done.token_map.answers if answer[-1] == end and len(answer) > 1]
+    prompts = (done.token_map.answer_start - done.token_map.first_column).tolist()
+    held = (done.token_map.roles != Role.PAD).sum(dim=1).tolist()
+    assert held == [length + len(answer) for length, answer in zip(prompts, done.token_map.answers, strict=True)]
     assert ended, "no answer ended early"
 
 

@@ -120,13 +120,13 @@ class VisionLanguageModel(nn.Module):
         self.model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
 
-    def adaptertensor_hash(self) -> str | None:
+    def adapter_hash(self) -> str | None:
         """SHA-256 over the adapter's tensors; nothing without an adapter."""
         if not self._peft:
             return None
         return tensor_hash({name: value for name, value in self.model.state_dict().items() if "lora_" in name})
 
-    def weightstensor_hash(self) -> str:
+    def weights_hash(self) -> str:
         """SHA-256 over the first values of every tensor of the model: tells two models apart without reading all."""
         return tensor_hash(
             {
