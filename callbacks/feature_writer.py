@@ -12,7 +12,14 @@ from lightning.pytorch.callbacks import Callback
 from .. import __version__
 from ..datamodules.base import PictureDataModule
 from ..datamodules.sample import Batch
-from ..datamodules.stored_features import FeatureShardWriter, Row, begin_store, merge_store, written_ids
+from ..datamodules.stored_features import (
+    FeatureShardWriter,
+    Row,
+    begin_store,
+    drop_last_shard,
+    merge_store,
+    written_ids,
+)
 from ..lightning_modules import Extraction, FeatureExtraction
 from .processes import gather
 
@@ -25,7 +32,7 @@ class FeatureWriter(Callback):
     Args:
         folder: The feature store.
         shard_rows: States per shard.
-        overwrite: Replace a finished store of another model or other data.
+        overwrite: Replace whatever store is there; an interrupted one is not resumed.
     """
 
     def __init__(self, folder: str, shard_rows: int = 4096, overwrite: bool = False) -> None:
@@ -33,7 +40,7 @@ class FeatureWriter(Callback):
         self.shard_rows = shard_rows
         self.overwrite = overwrite
         self._writer: FeatureShardWriter | None = None
-        self._resumed: set[str] = set()
+        self._resumed = False
         self._skipped: list[dict[str, str]] = []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -41,16 +48,23 @@ class FeatureWriter(Callback):
         if not isinstance(pl_module, FeatureExtraction):
             raise TypeError(f"FeatureWriter writes what FeatureExtraction reads, got {type(pl_module).__name__}")
         data = getattr(trainer, "datamodule", None)
-        self._resumed = trainer.strategy.broadcast(written_ids(self.folder, describe_run(trainer, pl_module)))
+        done: set[str] = set()
+        if trainer.is_global_zero and isinstance(data, PictureDataModule) and not self.overwrite:
+            done = written_ids(self.folder, describe_run(trainer, pl_module))
+            if done >= {sample.sample_id for sample in data.samples("predict")}:
+                # Only the merge is missing, but without a batch Lightning would call nothing that could do it.
+                done -= drop_last_shard(self.folder)
+        done = trainer.strategy.broadcast(done)
+        self._resumed = bool(done)
         if isinstance(data, PictureDataModule):
-            data.exclude_ids = frozenset(self._resumed)
+            data.exclude_ids = frozenset(done)
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Prepare the store."""
         assert isinstance(pl_module, FeatureExtraction)
         if trainer.is_global_zero:
             metadata = {**describe_run(trainer, pl_module), **describe_model(pl_module)}
-            begin_store(self.folder, metadata, bool(self._resumed), self.overwrite)
+            begin_store(self.folder, metadata, self._resumed, self.overwrite)
         trainer.strategy.barrier()
         self._writer = FeatureShardWriter(self.folder, trainer.global_rank, self.shard_rows)
         self._skipped = []

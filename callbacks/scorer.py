@@ -29,6 +29,7 @@ class Scorer(Callback, ABC):
         self.tag = tag
         self.out = None if out is None else Path(out)
         self._skipped: list[dict[str, str]] = []
+        self._losses: list[tuple[str, tuple[float, int]]] = []
 
     @abstractmethod
     def add(self, batch: Batch, texts: list[str]) -> None:
@@ -43,6 +44,7 @@ class Scorer(Callback, ABC):
         self.metric.reset()
         self.metric.to(pl_module.device)
         self._skipped = []
+        self._losses = []
 
     def on_validation_batch_end(
         self,
@@ -55,18 +57,27 @@ class Scorer(Callback, ABC):
     ) -> None:
         """Collect one batch."""
         self._skipped += [{"sample_id": item.sample_id, "reason": item.reason} for item in batch.skipped]
-        self.add(batch, outputs["texts"])
+        if batch.samples:
+            self._losses += zip(batch.sample_ids, outputs["losses"], strict=True)
+            self.add(batch, outputs["texts"])
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Score, log on all processes, write on the first."""
         if trainer.sanity_checking:
             return
+        if not any(gather([self.metric.update_called])):
+            reasons = [item["reason"] for item in gather(self._skipped)]
+            raise ValueError(f"no readable picture among the samples: {'; '.join(reasons[:1])}")
         scores = {name: float(value) for name, value in self.metric.compute().items()}
         rows = dict(self.metric.rows)
         summary = self.summary(rows)
         scores.update({name: value for name, value in summary.items() if isinstance(value, float)})
         skipped = {item["sample_id"]: item["reason"] for item in gather(self._skipped)}
-        pl_module.log_dict({f"{self.tag}/{name}": value for name, value in scores.items()}, rank_zero_only=False)
+        # Per sample and by id, the loss does not depend on batches, processes or the samplers' repetitions.
+        sums, tokens = zip(*dict(gather(self._losses)).values(), strict=True)
+        stage = "test" if trainer.testing else "val"
+        pl_module.log(f"loss/{stage}", sum(sums) / sum(tokens))
+        pl_module.log_dict({f"{self.tag}/{name}": value for name, value in scores.items()})
         if self.out is not None and trainer.is_global_zero:
             content = {**summary, "scores": scores, "samples": len(rows), "skipped": skipped, "predictions": rows}
             write_json(self.out, content)

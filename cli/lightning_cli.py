@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+import zipfile
 from collections.abc import Sequence
 
 import lightning as L
@@ -15,6 +16,16 @@ from .. import callbacks, datamodules, lightning_modules  # noqa: F401
 
 class ConceptShiftCLI(LightningCLI):
     """LightningCLI with this framework's defaults."""
+
+    def before_instantiate_classes(self) -> None:
+        """Check the checkpoint to resume from before anything is loaded.
+
+        Raises:
+            ValueError: It is missing or damaged.
+        """
+        path = self.config[self.subcommand].get("ckpt_path")
+        if path not in (None, "last", "best", "hpc") and not zipfile.is_zipfile(path):
+            raise ValueError(f"--ckpt_path {path}: no checkpoint, or a damaged one; give a .ckpt file that `fit` wrote")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Set the defaults that differ from Lightning's."""
@@ -39,6 +50,9 @@ def run(args: Sequence[str]) -> None:
         subclass_mode_model=True,
         subclass_mode_data=True,
         seed_everything_default=0,
+        # The optimizer is an option of the module, which knows its trainable parameters.
+        auto_configure_optimizers=False,
+        parser_kwargs={"exit_on_error": False},
         save_config_callback=SaveSubcommandConfig,
         save_config_kwargs={"overwrite": True},
         args=[args[0], *return_predictions, *args[1:]],

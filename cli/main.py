@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import sys
+from argparse import ArgumentError
 from collections.abc import Sequence
 
 # Command → module in this package with `run(args)`, and what the overview says of it. Modules are imported when
@@ -43,10 +45,22 @@ def main(args: Sequence[str] | None = None) -> int:
     command = importlib.import_module(f".{COMMANDS[arguments[0]][0]}", __package__)
     try:
         command.run(arguments)
-    except (ValueError, OSError) as error:
+    except (ValueError, TypeError, OSError, ArgumentError) as error:
         if os.environ.get("CONCEPTSHIFT_TRACEBACK"):
             raise
-        # A loader process wraps an error in its traceback; the last line is the error itself.
-        print(f"conceptshift: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
+        print(f"conceptshift: {_one_line(str(error))}", file=sys.stderr)
         return 2
     return 0
+
+
+def _one_line(message: str) -> str:
+    """What matters in an error's message of several lines."""
+    lines = [line.strip().removeprefix("- ") for line in message.strip().splitlines() if line.strip()] or ["failed"]
+    if any(line.startswith(("Parser key", "Given value")) for line in lines):
+        # jsonargparse tells everything that it tried.
+        noise = ("Does not validate", "Subtypes:", "Errors:", "Given value", "Expected a <class 'NoneType'>")
+        return " ".join(dict.fromkeys(line for line in lines if not line.startswith(noise)))
+    if lines[0].startswith("Problems parsing config"):
+        return " ".join(lines)
+    # A loader process wraps an error in its traceback; the last line is the error itself, behind its class.
+    return re.sub(r"^[\w.]+Error: ", "", lines[-1])

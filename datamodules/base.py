@@ -110,7 +110,7 @@ class PictureDataModule(L.LightningDataModule, ABC):
             raise ValueError(f"--data.init_args.batch_size must be at least 1, got {batch_size}")
         if limit is not None and limit < 1:
             raise ValueError(f"--data.init_args.limit must be at least 1, got {limit}; leave it out for all")
-        self.root = Path(root)
+        self.root = Path(root).expanduser()
         self.prompt = prompt
         self.splits = {
             "fit": train_split,
@@ -169,10 +169,14 @@ class PictureDataModule(L.LightningDataModule, ABC):
         """Shuffled batches with targets; after an interruption, those of the epoch that are still to come."""
         trainer = self._trainer()
         dataset = _Pictures(self.samples("fit"), self.skip_bad_images)
-        done = trainer.fit_loop.epoch_loop.batch_progress.current.completed
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+        # A checkpoint is written when its batch counts as processed, but not yet as completed.
+        done = 0 if progress.is_last_batch else progress.current.processed
         sampler = _EpochSampler(
             dataset, trainer.global_rank, trainer.world_size, self.seed, skip=done * self.batch_size
         )
+        # Loader processes begin to read before Lightning tells the sampler its epoch.
+        sampler.set_epoch(trainer.fit_loop.epoch_progress.current.ready - (1 if done else 0))
         return self._loader(dataset, sampler)
 
     def val_dataloader(self) -> DataLoader[Item]:

@@ -67,13 +67,19 @@ class CaptionDataModule(PictureDataModule):
 
     def describe(self, stage: str) -> dict[str, Any]:
         """What the samples of a stage depend on."""
-        words = None if self.reference_words is None else sorted(self.reference_words)
-        return {**super().describe(stage), "annotations": self.annotations, "reference_words": words}
+        return {
+            **super().describe(stage),
+            "annotations": self.annotations,
+            "caption_words": None if self.caption_words is None else sorted(self.caption_words),
+            "reference_words": None if self.reference_words is None else sorted(self.reference_words),
+        }
 
     def read(self, split: str, training: bool) -> list[Sample]:
         """Read one split; see the class for what a sample is."""
         path = self.root / self.annotations
         rows = read_annotations(path, "images")["images"]
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise ValueError(f"{path}: expected a list of objects under `images`; is this Karpathy's format?")
         splits = sorted({str(row.get("split")) for row in rows})
         if split not in splits:
             raise ValueError(f"{path}: no split {split!r}; it has {', '.join(splits)}")
@@ -87,6 +93,8 @@ class CaptionDataModule(PictureDataModule):
         picture = str(row["cocoid"] if "cocoid" in row else row["imgid"])
         path = image_path(self.root, row.get("filepath", ""), row["filename"])
         references = tuple(" ".join(sentence["raw"].split()) for sentence in row["sentences"])
+        if not references:
+            raise KeyError("sentences")
         if self.reference_words is not None and not any(_words(text) & self.reference_words for text in references):
             return []
         learned = [

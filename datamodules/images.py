@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 100_000_000
@@ -47,7 +48,11 @@ def read_image(path: Path) -> Image.Image:
                 width, height = picture.size
                 if width * height > MAX_PIXELS:
                     raise BadImageError(f"{path}: {width} x {height} pixels, more than {MAX_PIXELS:,}; {_WAY_OUT}")
-                return ImageOps.exif_transpose(picture).convert("RGB")
+                upright = ImageOps.exif_transpose(picture)
+                if upright.mode.startswith("I;16"):
+                    # Pillow would clip 16-bit grays at 255 instead of scaling them.
+                    upright = Image.fromarray((np.asarray(upright) // 256).astype(np.uint8))
+                return upright.convert("RGB")
     except Image.DecompressionBombError as error:
         raise BadImageError(f"{path}: more than {MAX_PIXELS:,} pixels; {_WAY_OUT}") from error
     except UnidentifiedImageError as error:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 
-@dataclass(frozen=True)
+@dataclass
 class Sample:
     """One picture with what is asked about it and what is known of the answer.
 
@@ -36,7 +36,7 @@ class Sample:
     question_type: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass
 class SkippedSample:
     """A sample whose picture could not be read, and why."""
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from safetensors import safe_open
@@ -82,11 +83,13 @@ class FeatureShardWriter:
             states: N rows of `STATE_COLUMNS` without `shard` and `row`.
             tensors: Site → states [N, D].
         """
+        if self._states and len(self._states) + len(states) > self.shard_rows:
+            self.flush()
         self._samples += samples
         self._states += states
         for site, tensor in tensors.items():
             self._tensors.setdefault(site, []).append(tensor.cpu())
-        if len(self._states) >= self.shard_rows:
+        if max(len(self._states), len(self._samples)) >= self.shard_rows:
             self.flush()
 
     def flush(self) -> None:
@@ -125,22 +128,30 @@ def written_ids(folder: Path, run: Row) -> set[str]:
     return ids
 
 
+def drop_last_shard(folder: Path) -> set[str]:
+    """Take back the newest shard of a store and return the ids of its samples."""
+    newest = max(folder.glob("rank-*/*.samples.parquet"), key=lambda path: (path.name, path.parent.name))
+    ids = set(pq.read_table(newest, columns=["sample_id"])["sample_id"].to_pylist())
+    newest.unlink()
+    return ids
+
+
 def begin_store(folder: Path, metadata: Row, resumed: bool, overwrite: bool) -> None:
-    """Prepare a folder for writing. A store of the same run is written anew, unless it is being resumed.
+    """Prepare a folder for writing. A finished store of the same run is written anew.
 
     Args:
         folder: The store.
         metadata: What makes the states what they are (model, adapter, sites, selectors, data).
         resumed: Keep the shards that are there.
-        overwrite: Replace a finished store of another run.
+        overwrite: Replace a store of another run.
 
     Raises:
-        ValueError: The folder holds a finished store of another run, other files, or shards of other weights.
+        ValueError: The folder holds states of another run or of other weights, or other files.
     """
     found = _read_json(folder / "metadata.json")
     if found is None and folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder}: not empty and no feature store; choose another folder")
-    keep = resumed or (folder / "states.parquet").exists()
+    keep = any(folder.glob("rank-*/*.samples.parquet"))
     if keep and not overwrite and found is not None and found != metadata:
         odd = next(key for key in sorted({*found, *metadata}) if found.get(key) != metadata.get(key))
         raise ValueError(
@@ -237,9 +248,7 @@ class FeatureStore:
         ):
             if value not in known:
                 raise ValueError(f"{self.folder}: no {name} {value!r}; the store has {', '.join(known)}")
-        wanted = pa.compute.and_(
-            pa.compute.equal(self._index["selector"], selector), pa.compute.equal(self._index["variant"], variant)
-        )
+        wanted = pc.and_(pc.equal(self._index["selector"], selector), pc.equal(self._index["variant"], variant))
         rows = self._index.filter(wanted)
         if rows.num_rows == 0:
             count = len(self.samples(variant))

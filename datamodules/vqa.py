@@ -55,6 +55,10 @@ class VQADataModule(PictureDataModule):
         )  # fmt: skip
         self.answer_types = answer_types
 
+    def describe(self, stage: str) -> dict[str, Any]:
+        """What the samples of a stage depend on."""
+        return {**super().describe(stage), "answer_types": self.answer_types}
+
     def read(self, split: str, training: bool) -> list[Sample]:
         """Read one split; see the class for what a sample is."""
         questions_path = self.root / f"v2_OpenEnded_mscoco_{split}_questions.json"
@@ -67,7 +71,7 @@ class VQADataModule(PictureDataModule):
         try:
             by_id = {row["question_id"]: row for row in annotations}
             samples = [self._sample(row, by_id[row["question_id"]], split) for row in questions]
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{questions_path}: an entry has no match or key {error}; are both files VQAv2's?"
             ) from error

@@ -120,23 +120,27 @@ class FineTuning(BackboneModule):
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        """Generate for one batch; `texts` has one string a sample."""
-        return self._answer(batch, "val")
+        """Generate for one batch: `texts`, and `losses` (sum, number of tokens) of the data's own answers."""
+        return self._answer(batch)
 
     def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """As in validation."""
-        return self._answer(batch, "test")
+        return self._answer(batch)
 
-    def _answer(self, batch: Batch, stage: str) -> dict[str, Any]:
+    def _answer(self, batch: Batch) -> dict[str, Any]:
         if not batch.samples:
-            return {"texts": []}
-        loss = self.backbone(batch.inputs).loss
-        self.log(f"loss/{stage}", loss, batch_size=len(batch.samples), sync_dist=True)
-        return {"texts": self.backbone.generate(batch.inputs, self.max_new_tokens).texts}
+            return {"texts": [], "losses": []}
+        return {
+            "texts": self.backbone.generate(batch.inputs, self.max_new_tokens).texts,
+            "losses": self.backbone.answer_losses(batch.inputs),
+        }
 
     def configure_optimizers(self) -> Any:
         """The optimizer over the trainable parameters, with its schedule stepped every batch."""
-        optimizer = self.optimizer([parameter for parameter in self.parameters() if parameter.requires_grad])
+        trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        if not trainable:
+            raise ValueError("nothing to train: an adapter given by --model.init_args.adapter is frozen; use .lora")
+        optimizer = self.optimizer(trainable)
         steps = int(self.trainer.estimated_stepping_batches)
         scheduler = get_scheduler(self.schedule, optimizer, round(self.warmup * steps), steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -166,7 +166,20 @@ class Capture:
         Sites of the vision tower are put into the image columns; other columns are zero there and must not be
         selected.
         """
+        silent = [name for name, parts in self._parts.items() if not parts]
+        if silent:
+            raise ValueError(f"site {silent[0]!r} was not reached by the model; choose one that takes part in its pass")
         raw = self.raw()
+        ends = [
+            int(start) + len(answer) for start, answer in zip(token_map.answer_start, token_map.answers, strict=True)
+        ]
+        for site in self.sites:
+            columns = raw[site.name].shape[1]
+            if site.positions != "patches" and not max(ends) - 1 <= columns <= token_map.roles.shape[1]:
+                raise ValueError(
+                    f"site {site.name!r} has {columns} states a sample where the sequence has {max(ends)} positions; "
+                    "choose a module of the language model"
+                )
         return {
             site.name: _to_columns(raw[site.name], token_map, site) if site.positions == "patches" else raw[site.name]
             for site in self.sites

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cached_property, lru_cache
@@ -9,7 +10,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.utils import load_peft_weights
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -21,6 +23,9 @@ from .patch_grid import PatchGrid, find_patch_grid
 from .prompts import IGNORED, PromptEncoder, prompts_only, with_positions
 from .sites import Site, final_norm, resolve_sites
 from .token_map import Role, TokenMap, answer_words, prompt_roles
+
+# Beside an adapter: which base it was trained on.
+_BASE_NOTE = "base_model.json"
 
 
 class VisionLanguageModel(nn.Module):
@@ -100,11 +105,22 @@ class VisionLanguageModel(nn.Module):
         """
         try:
             self._peft = [PeftModel.from_pretrained(self.model, adapter)]
+            self._check_adapter(adapter)
         except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as error:
             first = str(error).strip().splitlines()[0]
             raise ValueError(
                 f"adapter {adapter!r} does not fit {self.source!r} ({first}); give a PEFT folder made from this model"
             ) from error
+
+    def _check_adapter(self, adapter: str) -> None:
+        """Refuse what PEFT loads in part, or on another base of the same shape."""
+        odd = set(load_peft_weights(adapter, device="cpu")) ^ set(get_peft_model_state_dict(self._peft[0]))
+        if odd:
+            raise ValueError(f"its layers are not this model's, e.g. {sorted(odd)[0]}")
+        note = Path(adapter) / _BASE_NOTE
+        if note.is_file() and (made_for := json.loads(note.read_text()))["dtype"] == str(self.model.dtype):
+            if made_for["weights_hash"] != self.weights_hash():
+                raise ValueError("it was trained on other weights")
 
     @contextmanager
     def adapter_disabled(self) -> Iterator[None]:
@@ -116,6 +132,8 @@ class VisionLanguageModel(nn.Module):
         """Write the adapter in PEFT's layout, or the whole model and processor where there is no adapter."""
         if self._peft:
             self._peft[0].save_pretrained(str(folder))
+            base = {"weights_hash": self.weights_hash(), "dtype": str(self.model.dtype), "model_id": self.source}
+            (folder / _BASE_NOTE).write_text(json.dumps(base, indent=1))
             return
         self.model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
@@ -209,7 +227,10 @@ class VisionLanguageModel(nn.Module):
         """Apply interventions to every pass within the context; they end with it, whatever happens."""
         with ExitStack() as stack:
             for intervention in interventions:
-                (site,) = self.sites([intervention.site])
+                found = self.sites([intervention.site])
+                if len(found) != 1:
+                    raise ValueError(f"site {intervention.site!r} matches {len(found)} sites; steer at one of them")
+                (site,) = found
                 stack.enter_context(steering(site, intervention, lambda: self._pass))
             yield
 
@@ -258,6 +279,27 @@ class VisionLanguageModel(nn.Module):
             self.model(**with_positions({name: value for name, value in inputs.items() if name != "labels"}))
         return self._finish(token_map, capture)
 
+    @torch.inference_mode()
+    def answer_losses(self, inputs: dict[str, Tensor]) -> list[tuple[float, int]]:
+        """Loss of the given answers, steered where the model is.
+
+        Args:
+            inputs: Encoded batch with labels, with any padding.
+
+        Returns:
+            For each sample the summed negative log-likelihood of its answer tokens, in nats, and their number.
+        """
+        labels = inputs["labels"]
+        given = {name: value for name, value in inputs.items() if name != "labels"}
+        starts = (labels != IGNORED).to(torch.uint8).argmax(dim=1)
+        with self._running(self._map(inputs, starts, [[0]] * len(labels))):
+            logits = self.model(**with_positions(given)).logits
+        losses = nn.functional.cross_entropy(
+            logits[:, :-1].float().transpose(1, 2), labels[:, 1:], ignore_index=IGNORED, reduction="none"
+        )
+        counts = (labels[:, 1:] != IGNORED).sum(dim=1)
+        return list(zip(losses.sum(dim=1).tolist(), counts.tolist(), strict=True))
+
     def self_check(self) -> None:
         """Check that unembedding(norm(state after the last block)) gives the model's own logits.
 
@@ -292,7 +334,10 @@ class VisionLanguageModel(nn.Module):
         ids = inputs["input_ids"]
         roles = prompt_roles(ids, inputs["attention_mask"], self.encode.image_token_id, self._special_ids())
         columns = torch.arange(ids.shape[1], device=ids.device)
-        roles[(roles == Role.PROMPT) & (columns >= starts[:, None])] = Role.ANSWER
+        in_answer = columns >= starts[:, None]
+        roles[(roles == Role.PROMPT) & in_answer] = Role.ANSWER
+        # A model may write the image token; no visual token stands there.
+        roles[(roles == Role.IMAGE) & in_answer] = Role.SPECIAL
         answers = answers if answers is not None else [[] for _ in ids]
         words = [answer_words(self.tokenizer, answer) for answer in answers]
         return TokenMap(ids, roles, starts, answers, words)

@@ -39,6 +39,8 @@ class Selector:
         kind, _, argument = text.partition(":")
         if text in _ROLES or text == "answer_mean":
             return cls(text)
+        if argument and any(len(word.split()) != 1 for word in argument.split(",")):
+            raise ValueError(f"selector {text!r}: expected single words; answers are cut at spaces")
         if kind == "token_of_interest" and argument:
             return cls(text, words=frozenset({argument.lower()}))
         if kind == "token_class" and argument:
@@ -56,7 +58,11 @@ class Selector:
     @property
     def needs_answer(self) -> bool:
         """Whether it can be applied only after the answer is known."""
-        return bool(self.words) or self.name == "answer_mean"
+        return bool(self.words) or self.name == "answer_mean" or self._counts_from_end
+
+    @property
+    def _counts_from_end(self) -> bool:
+        return self.bounds is not None and any(bound is not None and bound < 0 for bound in self.bounds)
 
     @property
     def is_mean(self) -> bool:
@@ -98,8 +104,13 @@ class Selector:
 
     def _within(self, indices: Tensor, token_map: TokenMap) -> Tensor:
         assert self.bounds is not None
-        # Negative bounds count from the last state; the last token of a finished answer has none.
-        lengths = (token_map.roles != Role.PAD).sum(dim=1, keepdim=True) - int(any(token_map.answers))
+        if self._counts_from_end and not any(token_map.answers):
+            raise ValueError(
+                f"selector {self.name!r} counts from the end of the answer, which is still being generated"
+            )
+        # Negative bounds count from the last state; the last token of the answer has none.
+        answers = torch.tensor([len(answer) for answer in token_map.answers], device=indices.device)
+        lengths = (token_map.answer_start - token_map.first_column + answers - 1)[:, None]
         first, last = self.bounds
         low = 0 if first is None else first
         selected = indices >= (low if low >= 0 else lengths + low)

@@ -89,18 +89,17 @@ def answer_words(tokenizer: Any, answer: Sequence[int]) -> list[Word]:
     Spans come from decoding ever longer beginnings of the answer, so they hold for any tokenizer and for answers
     that it would itself have cut differently.
     """
-    ends = [
-        len(tokenizer.decode(answer[: count + 1], skip_special_tokens=True, clean_up_tokenization_spaces=False))
-        for count in range(len(answer))
-    ]
-    text = tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    spans: list[tuple[int, int]] = []
+    complete = 0
+    text = ""
+    for count in range(1, len(answer) + 1):
+        text = tokenizer.decode(answer[:count], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        # The replacement character stands for one whose last byte is still to come.
+        start, complete = complete, len(text.rstrip("\ufffd"))
+        spans.append((start, complete + (complete < len(text))))
     words = []
     for match in _WORD.finditer(text):
-        covering = [
-            index
-            for index, end in enumerate(ends)
-            if end > match.start() and (ends[index - 1] if index else 0) < match.end()
-        ]
+        covering = [at for at, (start, end) in enumerate(spans) if end > match.start() and start < match.end()]
         if covering:
             words.append(Word(match.group().lower(), covering[0], covering[-1]))
     return words
