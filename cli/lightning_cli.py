@@ -6,6 +6,7 @@ import logging
 import warnings
 import zipfile
 from collections.abc import Sequence
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -17,13 +18,14 @@ from .. import callbacks, datamodules, lightning_modules  # noqa: F401
 class ConceptShiftCLI(LightningCLI):
     """LightningCLI with this framework's defaults."""
 
-    def before_instantiate_classes(self) -> None:
-        """Check the checkpoint to resume from before anything is loaded.
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and check the checkpoint to resume from before anything reads it.
 
         Raises:
             ValueError: It is missing or damaged.
         """
-        path = self.config[self.subcommand].get("ckpt_path")
+        super().parse_arguments(parser, args)
+        path = self.config[self.config["subcommand"]].get("ckpt_path")
         if path not in (None, "last", "best", "hpc") and not zipfile.is_zipfile(path):
             raise ValueError(f"--ckpt_path {path}: no checkpoint, or a damaged one; give a .ckpt file that `fit` wrote")
 

@@ -171,7 +171,7 @@ class PictureDataModule(L.LightningDataModule, ABC):
         dataset = _Pictures(self.samples("fit"), self.skip_bad_images)
         progress = trainer.fit_loop.epoch_loop.batch_progress
         # A checkpoint is written when its batch counts as processed, but not yet as completed.
-        done = 0 if progress.is_last_batch else progress.current.processed
+        done = 0 if progress.is_last_batch else cast(Any, progress.current).processed
         sampler = _EpochSampler(
             dataset, trainer.global_rank, trainer.world_size, self.seed, skip=done * self.batch_size
         )

@@ -62,7 +62,7 @@ def test_the_logged_loss_does_not_depend_on_the_batch_size(validate: Run) -> Non
     """It is a mean over answer tokens, so batches with longer answers must count for more."""
     losses = []
     for size in (1, 3, 8):
-        done = validate("--data.val_split=train", "--data.limit=11", f"--data.batch_size={size}")
+        done = validate(*CAPTIONS, "--data.val_split=train", "--data.limit=11", f"--data.batch_size={size}")
         (line,) = [line for line in done.out.splitlines() if "loss/val" in line]
         losses.append(float(line.split("│")[2]))
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
@@ -115,7 +115,7 @@ def test_zero_strength_scores_as_unsteered(cli: Run, tiny: Path, shapes: Path, v
 
 
 def test_the_loss_is_that_of_the_unsteered_or_the_steered_model_but_there_is_one(validate: Run, vector: Path) -> None:
-    done = validate(*steerer(vector, 1.0), "--data.limit=2")
+    done = validate(*steerer(vector, 1.0), *CAPTIONS, "--data.limit=2")
     assert done.status == 0, done.err
     assert "loss/val" in done.out
 

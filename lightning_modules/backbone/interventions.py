@@ -170,14 +170,13 @@ class Capture:
         if silent:
             raise ValueError(f"site {silent[0]!r} was not reached by the model; choose one that takes part in its pass")
         raw = self.raw()
-        ends = [
-            int(start) + len(answer) for start, answer in zip(token_map.answer_start, token_map.answers, strict=True)
-        ]
+        starts = token_map.answer_start.tolist()
+        end = max(start + len(answer) for start, answer in zip(starts, token_map.answers, strict=True))
         for site in self.sites:
             columns = raw[site.name].shape[1]
-            if site.positions != "patches" and not max(ends) - 1 <= columns <= token_map.roles.shape[1]:
+            if site.positions != "patches" and not end - 1 <= columns <= token_map.roles.shape[1]:
                 raise ValueError(
-                    f"site {site.name!r} has {columns} states a sample where the sequence has {max(ends)} positions; "
+                    f"site {site.name!r} has {columns} states a sample where the sequence has {end} positions; "
                     "choose a module of the language model"
                 )
         return {

@@ -118,9 +118,10 @@ class VisionLanguageModel(nn.Module):
         if odd:
             raise ValueError(f"its layers are not this model's, e.g. {sorted(odd)[0]}")
         note = Path(adapter) / _BASE_NOTE
-        if note.is_file() and (made_for := json.loads(note.read_text()))["dtype"] == str(self.model.dtype):
-            if made_for["weights_hash"] != self.weights_hash():
-                raise ValueError("it was trained on other weights")
+        made_for = json.loads(note.read_text()) if note.is_file() else {}
+        # In another precision the same weights have other values.
+        if made_for.get("dtype") == str(self.model.dtype) and made_for["weights_hash"] != self.weights_hash():
+            raise ValueError("it was trained on other weights")
 
     @contextmanager
     def adapter_disabled(self) -> Iterator[None]:

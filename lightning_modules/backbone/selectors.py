@@ -105,9 +105,7 @@ class Selector:
     def _within(self, indices: Tensor, token_map: TokenMap) -> Tensor:
         assert self.bounds is not None
         if self._counts_from_end and not any(token_map.answers):
-            raise ValueError(
-                f"selector {self.name!r} counts from the end of the answer, which is still being generated"
-            )
+            raise ValueError(f"selector {self.name!r} depends on the answer's end and cannot be applied before it")
         # Negative bounds count from the last state; the last token of the answer has none.
         answers = torch.tensor([len(answer) for answer in token_map.answers], device=indices.device)
         lengths = (token_map.answer_start - token_map.first_column + answers - 1)[:, None]
