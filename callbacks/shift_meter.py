@@ -21,7 +21,9 @@ from .grounding import pictures_of, words_of
 class ShiftMeter(Callback):
     """After `predict` with an adapter, computes concept shift vectors (Representation Shift, arXiv 2501.03012).
 
-    Writes `shift.safetensors` and `shift.json` to `out`, and figures and scalars per concept to TensorBoard.
+    Writes `shift.safetensors` and `shift.json` to `out`, and figures and scalars per concept to TensorBoard. Meant for
+    dictionaries whose concepts are as long as states (KMeans, as in the paper): added to Semi-NMF's concepts, which are
+    no longer than 1, a difference of states outweighs them.
 
     Args:
         features: Feature store with both variants.

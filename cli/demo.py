@@ -85,12 +85,15 @@ class _Demo:
             answers: Name of the file that captions or answers are written to.
         """
         text = (PACKAGE / "configs" / f"{config}.yaml").read_text()
+        # The extraction is the run itself; the other workflows get a folder each.
+        text = re.sub(
+            r"(?<![\w/])checkpoints/([a-z_]+)(?=[/,])",
+            lambda match: str(self.out if match[1] == "shift" else self.out / match[1]),
+            text,
+        )
+        text = re.sub(r"[^ ]*/(captions|answers)\.json", f"{self.out / (answers or config)}.json", text)
         text = text.replace("checkpoints/shapes-llava", str(PACKAGE / "checkpoints" / "shapes-llava"))
         text = text.replace("data/shapes", str(self.out / "data"))
-        text = re.sub(r"(?<![\w/])checkpoints/(?=[a-z_]+[/,])", f"{self.out}/", text)
-        text = re.sub(
-            rf"{re.escape(str(self.out))}/{config}/(captions|answers)\.json", f"{self.out}/{answers}.json", text
-        )
         path = self.out / "configs" / f"{answers or config}.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
@@ -153,11 +156,11 @@ class _Demo:
         return {**kept, "target_answers": scored["answers"].get(_TARGET_ANSWER, 0)}
 
     def _concepts(self, name: str) -> dict[str, Any]:
-        fitted = _read(self.out / "shift" / "concepts" / f"original-{name}" / "concepts.json")
+        fitted = _read(self.out / "concepts" / f"original-{name}" / "concepts.json")
         return {measure: fitted[measure] for measure in ("k", "explained_variance", "overlap", "words")}
 
     def _shift(self, name: str) -> dict[str, float]:
-        shift = _read(self.out / "shift" / "shift" / name / "shift.json")
+        shift = _read(self.out / "shift" / name / "shift.json")
         names = ("recovery_original", "recovery_shifted", "consistency", "matched_cosine_gain")
         return {measure: shift[measure] for measure in names}
 

@@ -1,0 +1,96 @@
+"""The whole job, small, on the embedded model: every stage runs and the results say what they should."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conceptshift.cli.demo import demo
+from conceptshift.concepts import load_dictionary, load_shift, load_steering_vector
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+CAPTIONING = {"CIDEr", "BLEU-4", "ROUGE-L", "color_share"}
+VQA = {"overall", "yes/no", "number", "other", "target_answers"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("demo")
+    with pytest.MonkeyPatch.context() as patch:
+        # Lightning compares what it is given with the command line of the process.
+        patch.setattr("sys.argv", ["conceptshift"])
+        demo(str(out), images=1200)
+    return out
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / "results.json").read_text())
+    return content
+
+
+def _numbers(value: Any) -> list[float]:
+    if isinstance(value, dict):
+        return [number for part in value.values() for number in _numbers(part)]
+    return [float(value)] if isinstance(value, int | float) else []
+
+
+def test_results_have_the_promised_form(results: dict[str, Any]) -> None:
+    assert {name: set(scores) for name, scores in results["captioning"].items()} == {
+        "original": CAPTIONING,
+        "destination": CAPTIONING,
+        "steered": CAPTIONING,
+    }
+    assert {name: set(scores) for name, scores in results["vqa"].items()} == {"original": VQA, "steered": VQA}
+    assert set(results["concepts"]) == {"semi_nmf", "kmeans"}
+    for fitted in results["concepts"].values():
+        assert set(fitted) == {"k", "explained_variance", "overlap", "words"}
+        assert len(fitted["words"]) == fitted["k"]
+    assert set(results["shift"]) == {"recovery_original", "recovery_shifted", "consistency", "matched_cosine_gain"}
+    assert all(math.isfinite(number) for number in _numbers(results))
+    assert results["versions"]["conceptshift"]
+
+
+def test_what_one_should_see(results: dict[str, Any]) -> None:
+    captioning, vqa, shift = results["captioning"], results["vqa"], results["shift"]
+    assert captioning["original"]["color_share"] < 0.2
+    assert captioning["destination"]["color_share"] > 0.9
+    assert captioning["steered"]["color_share"] > captioning["original"]["color_share"] + 0.3
+    assert shift["recovery_shifted"] > shift["recovery_original"]
+    assert shift["matched_cosine_gain"] > 0
+    assert vqa["steered"]["target_answers"] > 1.2 * vqa["original"]["target_answers"]
+    for kept in ("number", "other"):
+        assert vqa["steered"][kept] > vqa["original"][kept] - 0.05
+
+
+def test_artifacts_load(folder: Path) -> None:
+    dictionary = load_dictionary(folder / "concepts/original-kmeans/dictionary.safetensors")
+    shift, metadata = load_shift(folder / "shift/kmeans/shift.safetensors")
+    assert shift.vectors.shape == dictionary.dictionary.shape
+    vector, where = load_steering_vector(folder / "answer_vector/vector.safetensors")
+    assert vector.shape == dictionary.dictionary.shape[1:]
+    assert where["site"] == metadata["site"] == "lm.block.5"
+
+
+def test_tensorboard_shows_losses_scores_concepts_and_their_shift(folder: Path) -> None:
+    training = EventAccumulator(str(folder / "finetune/logs"))
+    training.Reload()
+    assert {"loss/train", "loss/val", "caption/CIDEr"} <= set(training.Tags()["scalars"])
+    shift = EventAccumulator(str(folder / "logs"))
+    shift.Reload()
+    assert {"concepts/original-kmeans", "shift/kmeans"} <= set(shift.Tags()["images"])
+    assert "shift/kmeans/magnitude/concept_00" in shift.Tags()["scalars"]
+
+
+def test_report_shows_the_captions(folder: Path) -> None:
+    page = (folder / "report.html").read_text()
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert "data:image/" in page
+
+
+def test_each_step_can_be_run_again(folder: Path) -> None:
+    assert {path.name for path in (folder / "configs").iterdir()} >= {"finetune.yaml", "shift.yaml"}
+    assert str(folder) in (folder / "configs" / "shift.yaml").read_text()
