@@ -74,7 +74,7 @@ class Scorer(Callback, ABC):
         scores.update({name: value for name, value in summary.items() if isinstance(value, float)})
         skipped = {item["sample_id"]: item["reason"] for item in gather(self._skipped)}
         # Per sample and by id, the loss does not depend on batches, processes or the samplers' repetitions.
-        sums, tokens = zip(*dict(gather(self._losses)).values(), strict=True)
+        sums, tokens = zip(*dict(sorted(gather(self._losses))).values(), strict=True)
         stage = "test" if trainer.testing else "val"
         pl_module.log(f"loss/{stage}", sum(sums) / sum(tokens))
         pl_module.log_dict({f"{self.tag}/{name}": value for name, value in scores.items()})
@@ -82,22 +82,7 @@ class Scorer(Callback, ABC):
             content = {**summary, "scores": scores, "samples": len(rows), "skipped": skipped, "predictions": rows}
             write_json(self.out, content)
 
-    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """As in validation."""
-        self.on_validation_start(trainer, pl_module)
-
-    def on_test_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Batch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """As in validation."""
-        self.on_validation_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-
-    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """As in validation."""
-        self.on_validation_epoch_end(trainer, pl_module)
+    # `test` is scored as `validate` is.
+    on_test_start = on_validation_start
+    on_test_batch_end = on_validation_batch_end
+    on_test_epoch_end = on_validation_epoch_end

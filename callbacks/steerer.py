@@ -43,13 +43,8 @@ class Steerer(Callback):
         """Stop steering."""
         self._active.close()
 
-    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begin to steer."""
-        self.on_validation_start(trainer, pl_module)
-
-    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Stop steering."""
-        self._active.close()
+    on_test_start = on_validation_start
+    on_test_end = on_validation_end
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Stop steering: Lightning calls this instead of the end hooks."""
