@@ -327,16 +327,16 @@ def dictionaries_view(results: Json, files: Mapping[tuple[str, str], Json | None
 
 
 def captions_view(captions: Mapping[str, Json], samples: Json, pictures: Pictures) -> Json | None:
-    """Some captions of all variants side by side, first those of which no two are alike."""
+    """Some captions of all variants side by side, evenly from those that are not all alike."""
     variants = [variant for variant in VARIANTS if captions[variant]]
     if not variants:
         return None
     ids = _ordered(captions[variants[0]])
     texts = {i: {v: str(_get(captions[v], i, "text") or "–") for v in variants} for i in ids}
-    chosen: list[str] = []
-    for distinct in range(len(variants), 0, -1):
-        tier = [i for i in ids if len(set(texts[i].values())) == distinct]
-        chosen += _spread(tier, _CAPTIONS - len(chosen))
+    # How strongly they differ must not matter: steering that fails would then be shown more often than it happens.
+    differing = [i for i in ids if len(set(texts[i].values())) > 1]
+    chosen = _spread(differing, _CAPTIONS)
+    chosen += _spread([i for i in ids if i not in set(differing)], _CAPTIONS - len(chosen))
     items = []
     for i in chosen:
         references = _get(captions[variants[0]], i, "references") or [f"picture {i}"]
