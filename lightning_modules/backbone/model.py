@@ -83,11 +83,6 @@ class VisionLanguageModel(nn.Module):
 
     # --- adapters -----------------------------------------------------------------------------------------
 
-    @property
-    def has_adapter(self) -> bool:
-        """Whether an adapter is attached."""
-        return bool(self._peft)
-
     def add_lora(self, config: LoraConfig) -> None:
         """Attach a new LoRA adapter and freeze everything else.
 
