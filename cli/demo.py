@@ -11,12 +11,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jsonargparse import auto_cli
-
 from ..datamodules import CaptionDataModule, VQADataModule
 from ..datamodules.files import write_json
 from ..datamodules.shapes import write_shapes
 from . import lightning_cli
+from .command import run_command
 from .report import write_report
 
 T = TypeVar("T")
@@ -172,4 +171,4 @@ def _read(path: Path) -> dict[str, Any]:
 
 def run(args: Sequence[str]) -> None:
     """Run the command."""
-    auto_cli(demo, args=list(args[1:]), as_positional=False)
+    run_command(demo, args)

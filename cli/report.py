@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from jsonargparse import auto_cli
 
 from ..datamodules.files import write_whole
 from ..datamodules.images import BadImageError, read_image
+from .command import run_command
 from .report_view import (
     METHODS,
     VARIANTS,
@@ -165,4 +165,4 @@ def report(folder: str, out: str | None = None) -> None:
 
 def run(args: Sequence[str]) -> None:
     """Run the command."""
-    auto_cli(report, args=list(args[1:]), as_positional=False)
+    run_command(report, args)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from jsonargparse import auto_cli
-
 from ..datamodules.shapes import write_shapes
+from .command import run_command
 
 
 def shapes(out: str, images: int = 1000, seed: int = 0, max_things: int = 3) -> None:
@@ -24,4 +23,4 @@ def shapes(out: str, images: int = 1000, seed: int = 0, max_things: int = 3) -> 
 
 def run(args: Sequence[str]) -> None:
     """Run the command."""
-    auto_cli(shapes, args=list(args[1:]), as_positional=False)
+    run_command(shapes, args)

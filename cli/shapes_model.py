@@ -6,12 +6,11 @@ import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from jsonargparse import auto_cli
-
 from ..datamodules import CAPTION_PROMPT, VQA_PROMPT
 from ..datamodules.shapes import random_scene
 from ..datamodules.shapes.language import captions, questions
 from ..lightning_modules.backbone.tiny import write_tiny_llava
+from .command import run_command
 
 _SCENES = 3000  # enough for every word of Shapes to become one token
 
@@ -39,4 +38,4 @@ def shapes_model(out: str) -> None:
 
 def run(args: Sequence[str]) -> None:
     """Run the command."""
-    auto_cli(shapes_model, args=list(args[1:]), as_positional=False)
+    run_command(shapes_model, args)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jsonargparse import auto_cli
-
 from ..lightning_modules import VisionLanguageModel
+from .command import run_command
 
 
 def sites(model: str, revision: str | None = None) -> None:
@@ -30,4 +29,4 @@ _ROWS = {
 
 def run(args: Sequence[str]) -> None:
     """Run the command."""
-    auto_cli(sites, args=list(args[1:]), as_positional=False)
+    run_command(sites, args)

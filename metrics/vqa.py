@@ -73,8 +73,7 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
 
     Prediction and answers are compared after `normalize_answer`. The evaluation script does so only when
     the ten answers differ; where they agree to the letter it compares unprocessed strings, so that "Yes."
-    misses ten times "yes". Published numbers come from predictions that were normalised beforehand, and for those
-    normalising always gives the same.
+    misses ten times "yes". For predictions that were normalised beforehand both give the same.
 
     Args:
         prediction: The generated answer.

@@ -1,8 +1,8 @@
 """One language for positions, shared by extraction and steering (METHODS §1).
 
-By role, known while a model runs: `all`, `prompt`, `last_prompt`, `image`, `text`, `answer`, an index (`0`, `-1`) or
-a range (`3:7`) into the sequence without padding. By what was answered, known afterwards: `token_of_interest:dog`,
-`token_class:colors`, `answer_mean`.
+By role, known while a model runs: `all`, `prompt`, `last_prompt`, `image`, `text`, `answer`, an index (`0`) or a range
+(`3:7`) into the sequence without padding. By what was answered, known afterwards: an index or a bound from the end
+(`-1`), `token_of_interest:dog`, `token_class:colors`, `answer_mean`.
 """
 
 from __future__ import annotations
