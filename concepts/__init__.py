@@ -4,20 +4,24 @@ from .artifacts import content_hash, load_artifact, save_artifact
 from .dictionary import ConceptDictionary, load_dictionary
 from .grounding import english_lexicon, english_stop_words, ground_images, ground_words
 from .kmeans import KMeans
-from .matching import match_concepts
+from .matching import match_concepts, stability
+from .pca import PCA
 from .recovery import Recovery, recovery, t_overlap
 from .report import FitReport
 from .semi_nmf import SemiNMF
 from .shift import ConceptShift, concept_shift, load_shift, pair_rows
+from .simple import Simple
 from .steering import coarse_vector, fine_vector, load_steering_vector, random_vector_like, save_steering_vector
 
 __all__ = [
+    "PCA",
     "ConceptDictionary",
     "ConceptShift",
     "FitReport",
     "KMeans",
     "Recovery",
     "SemiNMF",
+    "Simple",
     "coarse_vector",
     "concept_shift",
     "content_hash",
@@ -36,5 +40,6 @@ __all__ = [
     "recovery",
     "save_artifact",
     "save_steering_vector",
+    "stability",
     "t_overlap",
 ]

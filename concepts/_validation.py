@@ -36,6 +36,13 @@ def check_at_least(value: float, minimum: float, name: str) -> None:
         raise ValueError(f"`{name}` must be at least {minimum} and finite, got {value}")
 
 
+def check_whole(value: int, minimum: int, name: str) -> None:
+    """Raise a ValueError unless `value` is a whole number of at least `minimum`."""
+    if isinstance(value, bool) or value != int(value):
+        raise ValueError(f"`{name}` must be a whole number, got {value}")
+    check_at_least(value, minimum, name)
+
+
 def check_same_width(A: Tensor, B: Tensor, names: tuple[str, str]) -> None:
     """Raise a ValueError unless the rows of both matrices have the same width D."""
     if A.shape[1] != B.shape[1]:

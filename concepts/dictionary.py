@@ -8,31 +8,46 @@ Notation, in this room: N samples, D hidden size, K concepts; rows are samples.
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
+import torch
 from torch import Tensor
 
 from ._precision import full_precision
-from ._validation import as_rows, check_at_least
+from ._validation import as_rows, check_at_least, check_whole
 from .artifacts import load_artifact, save_artifact
 from .report import FitReport
+from .rows import Rows, squared_norms
 
 _KIND = "dictionary"
 # Below this share of ‖Z‖², ‖Z − mean‖² is float32 rounding of equal rows, not variance.
 _NO_VARIANCE = 1e-12
 
 
-# What a method's own fit returns: U [K, D], objective history without the final value, iterations, converged.
-Fitted = tuple[Tensor, tuple[float, ...], int, bool]
+class Fitted(NamedTuple):
+    """What a method's own fit returns.
+
+    Attributes:
+        tensors: `dictionary` U [K, D], and what else the method needs to encode.
+        history: objective after each iteration, without that of the final activations.
+        iterations: how many there were.
+        converged: whether it stopped before their limit.
+    """
+
+    tensors: dict[str, Tensor]
+    history: Sequence[float] = ()
+    iterations: int = 1
+    converged: bool = True
 
 
 class ConceptDictionary(ABC):
     """K directions that reconstruct hidden states: Z ≈ V U.
 
-    A method implements `_fit`, `_encode`, `_objective` and `_settings`; `_code` only where V is not itself
-    what multiplies U. All computation is in float32; results are on the device of the features.
+    A method implements `_fit`, `_encode` and `_settings`; `_code` only where V is not itself what multiplies U, `_loss`
+    where it minimises more than the squared error, and `_check` where its settings can be wrong for some features. All
+    computation is in float32; results are on the device of the features.
     """
 
     _classes: ClassVar[dict[str, type["ConceptDictionary"]]] = {}
@@ -42,12 +57,12 @@ class ConceptDictionary(ABC):
         super().__init_subclass__(**kwargs)
         ConceptDictionary._classes[cls.__name__] = cls
 
-    def __init__(self, n_concepts: int, seed: int) -> None:
-        check_at_least(n_concepts, 1, "n_concepts")
+    def __init__(self, n_concepts: int, seed: int = 0) -> None:
+        check_whole(n_concepts, 1, "n_concepts")
         self.n_concepts = n_concepts
         self.seed = seed
         self.metadata: dict[str, Any] = {}
-        self._U: Tensor | None = None
+        self._tensors: dict[str, Tensor] = {}
         self._report: FitReport | None = None
 
     @property
@@ -57,9 +72,7 @@ class ConceptDictionary(ABC):
         Raises:
             ValueError: if the dictionary is not fitted.
         """
-        if self._U is None:
-            raise self._not_fitted()
-        return self._U
+        return self._fitted()["dictionary"]
 
     @property
     def report(self) -> FitReport:
@@ -68,41 +81,33 @@ class ConceptDictionary(ABC):
         Raises:
             ValueError: if the dictionary is not fitted.
         """
-        if self._report is None:
-            raise self._not_fitted()
+        self._fitted()
+        assert self._report is not None
         return self._report
 
     @full_precision
-    def fit(self, Z: Tensor) -> Self:
+    def fit(self, Z: Tensor | Iterable[Tensor], distributed: bool = False) -> Self:
         """Learn U from features.
 
         Args:
-            Z: features, [N, D], any floating dtype and device.
+            Z: features, [N, D], any floating dtype and device; or shards [n, D] of them that can be gone through
+                several times (a list, a `FeatureStore.shards(...)`), of which one at a time is held.
+            distributed: `Z` holds the rows of this process only. All processes of the default process group call `fit`
+                alike and get the same dictionary, that of all rows in the order of the processes.
 
         Returns:
             The dictionary itself.
 
         Raises:
-            ValueError: if `Z` is no finite floating matrix or has fewer rows than there are concepts.
+            TypeError: if `Z` can be gone through only once.
+            ValueError: if `Z` is no finite floating matrix, has fewer distinct rows than there are concepts, or the
+                settings cannot work on it; before any long computation.
         """
-        Z = as_rows(Z, "Z")
-        if len(Z) < self.n_concepts:
-            raise ValueError(
-                f"`fit` needs at least `n_concepts` = {self.n_concepts} rows, got {len(Z)}: "
-                "use more samples or fewer concepts"
-            )
-        U, history, iterations, converged = self._fit(Z)
-        V = self._encode(Z, U)
-        code = self._code(V)
-        self._U = U
-        self._report = FitReport(
-            objective_history=(*history, self._objective(Z, U, V)),
-            iterations=iterations,
-            converged=converged,
-            explained_variance=_explained_variance(Z, code @ U),
-            l0=float((code != 0).sum(dim=1).float().mean()),
-            dead_concepts=int((code == 0).all(dim=0).sum()),
-        )
+        rows = Rows(Z, distributed)
+        self._check_rows(rows)
+        fitted = self._fit(rows)
+        self._report = self._measure(rows, fitted)
+        self._tensors = fitted.tensors
         return self
 
     @full_precision
@@ -118,8 +123,14 @@ class ConceptDictionary(ABC):
         Raises:
             ValueError: if the dictionary is not fitted or `Z` is no finite floating matrix of its width.
         """
-        Z = self._checked(Z)
-        return self._encode(Z, self.dictionary.to(Z.device))
+        width = self.dictionary.shape[1]
+        Z = as_rows(Z, "Z")
+        if Z.shape[1] != width:
+            raise ValueError(
+                f"`Z` must have the width {width} that the dictionary was fitted on, got {Z.shape[1]}: "
+                "use features of the same model and site"
+            )
+        return self._encode(Z, self._on(Z.device))
 
     @full_precision
     def reconstruct(self, V: Tensor) -> Tensor:
@@ -134,12 +145,13 @@ class ConceptDictionary(ABC):
         Raises:
             ValueError: if the dictionary is not fitted or `V` is no finite floating matrix of K columns.
         """
-        U = self.dictionary
+        self._fitted()
         V = as_rows(V, "V")
         if V.shape[1] != self.n_concepts:
             raise ValueError(f"`V` must have {self.n_concepts} columns, one a concept, got {V.shape[1]}")
-        return self._code(V) @ U.to(V.device)
+        return self._decode(V, self._on(V.device))
 
+    @full_precision
     def explained_variance(self, Z: Tensor) -> float:
         """Share of the variance of features that the dictionary reconstructs.
 
@@ -152,24 +164,27 @@ class ConceptDictionary(ABC):
         Raises:
             ValueError: as in `transform`.
         """
-        Z = self._checked(Z)
-        return _explained_variance(Z, self.reconstruct(self.transform(Z)))
+        reconstruction = self.reconstruct(self.transform(Z))
+        Z = as_rows(Z, "Z")
+        error, variance, squares = (
+            float(squared_norms(X).sum()) for X in (Z - reconstruction, Z - Z.mean(dim=0), Z)
+        )
+        return _explained(error, variance, squares)
 
     def assign(self, Z: Tensor) -> Tensor:
         """The strongest concept of each sample, argmax_k |v_k|.
-
-        A row without any activation (a state that SemiNMF's penalty leaves at zero) is assigned to concept 0.
 
         Args:
             Z: features, [N, D].
 
         Returns:
-            Indices of concepts, [N], int64.
+            Indices of concepts, [N], int64; −1 for a row that activates none.
 
         Raises:
             ValueError: as in `transform`.
         """
-        return self.transform(Z).abs().argmax(dim=1)
+        strength, concept = self.transform(Z).abs().max(dim=1)
+        return concept.where(strength > 0, -1)
 
     def save(self, path: str | os.PathLike[str], metadata: Mapping[str, Any]) -> None:
         """Write the dictionary to one safetensors file.
@@ -188,52 +203,83 @@ class ConceptDictionary(ABC):
             "report": asdict(self.report),
             "metadata": dict(metadata),
         }
-        save_artifact(path, _KIND, {"dictionary": self.dictionary}, content)
+        save_artifact(path, _KIND, self._tensors, content)
 
     @abstractmethod
-    def _fit(self, Z: Tensor) -> Fitted:
-        """Learn U from checked features; the interface adds the objective of the final activations."""
+    def _fit(self, rows: Rows) -> Fitted:
+        """Learn from checked features; the interface adds the objective of the final activations."""
 
     @abstractmethod
-    def _encode(self, Z: Tensor, U: Tensor) -> Tensor:
+    def _encode(self, Z: Tensor, tensors: dict[str, Tensor]) -> Tensor:
         """Activations V of checked features."""
-
-    @abstractmethod
-    def _objective(self, Z: Tensor, U: Tensor, V: Tensor) -> float:
-        """The value that the fit minimises."""
 
     @abstractmethod
     def _settings(self) -> dict[str, Any]:
         """The arguments of the constructor."""
 
+    def _check(self, rows: Rows) -> None:
+        """Raise a ValueError where the settings cannot work on these features."""
+
+    def _loss(self, errors: Tensor, V: Tensor) -> float:
+        """What rows with squared errors ‖z − ẑ‖² [N] and activations V add to the value that the fit minimises."""
+        return float(errors.sum())
+
     def _code(self, V: Tensor) -> Tensor:
         """What multiplies U in the reconstruction, [N, K]."""
         return V
 
-    def _checked(self, Z: Tensor) -> Tensor:
-        width = self.dictionary.shape[1]
-        Z = as_rows(Z, "Z")
-        if Z.shape[1] != width:
+    def _decode(self, V: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+        return self._code(V) @ tensors["dictionary"]
+
+    def _check_rows(self, rows: Rows) -> None:
+        K = self.n_concepts
+        if rows.n < K:
             raise ValueError(
-                f"`Z` must have the width {width} that the dictionary was fitted on, got {Z.shape[1]}: "
-                "use features of the same model and site"
+                f"`fit` needs at least `n_concepts` = {K} rows, got {rows.n}: use more samples or fewer concepts"
             )
-        return Z
+        if not rows.distinct(K):
+            raise ValueError(
+                f"`fit` needs at least `n_concepts` = {K} distinct rows, but most of the {rows.n} rows of `Z` are "
+                "equal: do the samples differ at this site and position?"
+            )
+        self._check(rows)
 
-    def _not_fitted(self) -> ValueError:
-        return ValueError(f"{type(self).__name__} is not fitted: call `fit(Z)` or `load_dictionary(path)` first")
+    def _measure(self, rows: Rows, fitted: Fitted) -> FitReport:
+        """One pass over the rows with their final activations."""
+        sums = torch.zeros(4, dtype=torch.float64)
+        used = torch.zeros(self.n_concepts)
+        for Z in rows:
+            V = self._encode(Z, fitted.tensors)
+            code = self._code(V)
+            errors = squared_norms(Z - self._decode(V, fitted.tensors))
+            variance = squared_norms(Z - rows.mean.to(Z)).sum()
+            parts = (self._loss(errors, V), float(errors.sum()), float(variance), float((code != 0).sum()))
+            sums += torch.tensor(parts, dtype=torch.float64)
+            used += (code != 0).sum(dim=0).cpu()
+        sums, used = rows.sums(sums.to(rows.device), used.to(rows.device))
+        objective, error, variance, active = sums.tolist()
+        return FitReport(
+            objective_history=(*fitted.history, objective),
+            iterations=fitted.iterations,
+            converged=fitted.converged,
+            explained_variance=_explained(error, variance, rows.squares),
+            l0=active / rows.n,
+            dead_concepts=int((used == 0).sum()),
+        )
+
+    def _fitted(self) -> dict[str, Tensor]:
+        if not self._tensors:
+            raise ValueError(
+                f"{type(self).__name__} is not fitted: call `fit(Z)` or `load_dictionary(path)` first"
+            )
+        return self._tensors
+
+    def _on(self, device: torch.device) -> dict[str, Tensor]:
+        return {name: tensor.to(device) for name, tensor in self._fitted().items()}
 
 
-def squared_norms(X: Tensor) -> Tensor:
-    """‖x_i‖² of each row, [N], float64 on the CPU: long sums of float32 would lose the last digits."""
-    return X.square().sum(dim=1).cpu().double()
-
-
-def _explained_variance(Z: Tensor, reconstruction: Tensor) -> float:
-    total = float(squared_norms(Z - Z.mean(dim=0)).sum())
-    if not total > _NO_VARIANCE * float(squared_norms(Z).sum()):
-        return 0.0
-    return 1.0 - float(squared_norms(Z - reconstruction).sum()) / total
+def _explained(error: float, variance: float, squares: float) -> float:
+    return 1.0 - error / variance if variance > _NO_VARIANCE * squares else 0.0
 
 
 def load_dictionary(path: str | os.PathLike[str]) -> ConceptDictionary:
@@ -256,7 +302,7 @@ def load_dictionary(path: str | os.PathLike[str]) -> ConceptDictionary:
         raise ValueError(f"{path} holds a dictionary of class '{content['class']}', known are {known}")
     loaded = cls(**content["settings"])
     report = content["report"]
-    loaded._U = tensors["dictionary"]
+    loaded._tensors = tensors
     loaded._report = FitReport(**{**report, "objective_history": tuple(report["objective_history"])})
     loaded.metadata = content["metadata"]
     return loaded

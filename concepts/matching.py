@@ -1,8 +1,9 @@
-"""Matching of the concepts of two dictionaries.
+"""Matching of the concepts of two dictionaries, and how far several of them agree.
 
 Notation: U_a [K_a, D] and U_b [K_b, D] dictionaries.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -46,3 +47,25 @@ def match_concepts(U_a: Tensor, U_b: Tensor, method: Literal["bijective", "neare
         return cosine.argmax(dim=1)
     _, columns = linear_sum_assignment(1 - cosine.cpu().double().numpy())
     return torch.from_numpy(columns).long().to(U_a.device)
+
+
+@full_precision
+def stability(dictionaries: Sequence[Tensor]) -> Tensor:
+    """How well each concept of a dictionary is found again in others, such as those of other seeds.
+
+    Args:
+        dictionaries: M ≥ 2 dictionaries, [K, D] each.
+
+    Returns:
+        For each concept of the first dictionary, the mean over the others of its cosine with its bijective match
+        there, [K], float32; 1 where all have the same concept.
+
+    Raises:
+        ValueError: if there are fewer than two, their shapes differ, or one is not finite.
+    """
+    shapes = [list(U.shape) for U in dictionaries]
+    if len(shapes) < 2 or shapes.count(shapes[0]) < len(shapes):
+        raise ValueError(f"`dictionaries` must be two or more of one shape, got {shapes}: fit all alike")
+    first, *others = (normalize(as_rows(U, "dictionaries")) for U in dictionaries)
+    cosines = [(first * other.to(first.device)[match_concepts(first, other)]).sum(dim=1) for other in others]
+    return torch.stack(cosines).mean(dim=0)
