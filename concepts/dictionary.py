@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ._precision import full_precision
-from ._validation import as_rows, check_at_least, check_whole
+from ._validation import as_rows, check_whole
 from .artifacts import load_artifact, save_artifact
 from .report import FitReport
 from .rows import Rows, squared_norms
@@ -166,9 +166,7 @@ class ConceptDictionary(ABC):
         """
         reconstruction = self.reconstruct(self.transform(Z))
         Z = as_rows(Z, "Z")
-        error, variance, squares = (
-            float(squared_norms(X).sum()) for X in (Z - reconstruction, Z - Z.mean(dim=0), Z)
-        )
+        error, variance, squares = (float(squared_norms(X).sum()) for X in (Z - reconstruction, Z - Z.mean(dim=0), Z))
         return _explained(error, variance, squares)
 
     def assign(self, Z: Tensor) -> Tensor:
@@ -217,7 +215,7 @@ class ConceptDictionary(ABC):
     def _settings(self) -> dict[str, Any]:
         """The arguments of the constructor."""
 
-    def _check(self, rows: Rows) -> None:
+    def _check(self, rows: Rows) -> None:  # noqa: B027 - most settings work on all features
         """Raise a ValueError where the settings cannot work on these features."""
 
     def _loss(self, errors: Tensor, V: Tensor) -> float:
@@ -269,9 +267,7 @@ class ConceptDictionary(ABC):
 
     def _fitted(self) -> dict[str, Tensor]:
         if not self._tensors:
-            raise ValueError(
-                f"{type(self).__name__} is not fitted: call `fit(Z)` or `load_dictionary(path)` first"
-            )
+            raise ValueError(f"{type(self).__name__} is not fitted: call `fit(Z)` or `load_dictionary(path)` first")
         return self._tensors
 
     def _on(self, device: torch.device) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy.linalg import eigh
 from scipy.sparse.linalg import eigsh
 from torch import Tensor
@@ -60,7 +61,7 @@ class PCA(ConceptDictionary):
         return {"n_concepts": self.n_concepts}
 
 
-def _leading(scatter: "np.typing.NDArray[np.float64]", count: int) -> "np.typing.NDArray[np.float64]":
+def _leading(scatter: NDArray[np.float64], count: int) -> NDArray[np.float64]:
     """Eigenvectors of the largest eigenvalues, largest first, [count, D]."""
     D = len(scatter)
     if count > _FEW * D:
@@ -68,4 +69,5 @@ def _leading(scatter: "np.typing.NDArray[np.float64]", count: int) -> "np.typing
     else:
         # A fixed start: Lanczos would draw one.
         vectors = eigsh(scatter, k=count, v0=np.random.default_rng(0).normal(size=D))[1]
-    return vectors[:, ::-1].T.copy()
+    leading: NDArray[np.float64] = vectors[:, ::-1].T.copy()
+    return leading

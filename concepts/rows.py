@@ -36,7 +36,9 @@ class Rows:
         self, Z: Tensor | Iterable[Tensor], distributed: bool = False, dtype: torch.dtype = torch.float32
     ) -> None:
         if isinstance(Z, Iterator):
-            raise TypeError("`Z` must be a tensor, or shards that can be gone through several times: give a list of them")
+            raise TypeError(
+                "`Z` must be a tensor, or shards that can be gone through several times: give a list of them"
+            )
         self._source: Iterable[Tensor] = [Z] if isinstance(Z, Tensor) else Z
         self.distributed = distributed
         self.dtype = dtype

@@ -18,20 +18,20 @@ from .dictionary import ConceptDictionary, Fitted
 from .rows import Rows, squared_norms
 from .starts import principal_axes, spread_rows
 
-# The problem is not convex in (U, V): of many short descents on a few rows, the best go on on more rows, and the best of
-# these on all. All but the last stay within the leading axes of the rows, which hold nearly all that a dictionary can
-# explain, and where a product costs next to nothing.
-_STARTS = 6
+# The problem is not convex in (U, V): of many short descents on a few rows, the best go on on more rows, and the best
+# of these on all. All but the last stay within the leading axes of the rows, which hold nearly all that a dictionary
+# can explain, and where a product costs next to nothing.
+_STARTS = 8  # of each kind
 _START_ITERATIONS = 50
-_START_ROWS_PER_CONCEPT = 50
-_FINALISTS = 3
-_FINAL_ROWS_PER_CONCEPT = 500
-_AXES_PER_CONCEPT = 4
-# Passes over the coordinates within one alternation; more cost time and save few alternations.
-_SWEEPS = 3
-# The first activations begin at zero; a good dictionary must not be changed for the sake of bad ones.
-_FIRST_SWEEPS = 50
-_DICTIONARY_STEPS = 10
+_FINALISTS = 4
+# Small problems are fitted on all their rows and axes at every stage.
+_START_ROWS = (1000, 50)  # at least, and per concept
+_FINAL_ROWS = (1000, 500)
+_AXES = (128, 4)
+# Passes over the coordinates, and steps of the dictionary, within one alternation. Concepts that share a large mean
+# need them; more cost time and save few alternations.
+_SWEEPS = 6
+_DICTIONARY_STEPS = 20
 # Alternations between two looks at the objective, which make a GPU wait for its host.
 _CHECK_EVERY = 10
 # A row of `transform` is done when one more sweep moves its gradient by less than this share of max_k |b_k|.
@@ -89,11 +89,11 @@ class SemiNMF(ConceptDictionary):
     def _best_start(self, rows: Rows) -> Tensor:
         """The best of several descents on a sample, [K, D]; every process finds the same."""
         K, generator = self.n_concepts, torch.Generator().manual_seed(self.seed)
-        sample = rows.sample(_FINAL_ROWS_PER_CONCEPT * K, generator)
-        axes = principal_axes(sample, _AXES_PER_CONCEPT * K, generator)
+        sample = rows.sample(_size(_FINAL_ROWS, K), generator)
+        axes = principal_axes(sample, _size(_AXES, K), generator)
         # Features share a large mean as a rule, which makes the problem ill-conditioned; here float64 is cheap.
         within = (sample @ axes.T).double()
-        few = within[: _START_ROWS_PER_CONCEPT * K]
+        few = within[: _size(_START_ROWS, K)]
         short = _Descent(Rows(few, dtype=few.dtype), _starts(few, K, generator), self.l1_weight)
         short.run(min(_START_ITERATIONS, self.max_iterations), self.tolerance)
         best = short.U[short.E.argsort()[:_FINALISTS]]
@@ -103,7 +103,7 @@ class SemiNMF(ConceptDictionary):
 
     def _encode(self, Z: Tensor, tensors: dict[str, Tensor]) -> Tensor:
         U = tensors["dictionary"]
-        return _solve_code(U @ Z.T, U @ U.T, self.l1_weight).T.contiguous()
+        return solve_code(U @ Z.T, U @ U.T, self.l1_weight).T.contiguous()
 
     def _loss(self, errors: Tensor, V: Tensor) -> float:
         # V ≥ 0, so its sum is its L1 norm.
@@ -117,6 +117,11 @@ class SemiNMF(ConceptDictionary):
             "max_iterations": self.max_iterations,
             "tolerance": self.tolerance,
         }
+
+
+def _size(least_and_share: tuple[int, int], n_concepts: int) -> int:
+    least, per_concept = least_and_share
+    return max(least, per_concept * n_concepts)
 
 
 def _starts(Z: Tensor, n_concepts: int, generator: torch.Generator) -> Tensor:
@@ -142,7 +147,9 @@ class _Descent:
     def __init__(self, rows: Rows, U: Tensor, l1_weight: float) -> None:
         self.rows, self.l1_weight = rows, l1_weight
         self.U = self._point = U.double()
-        self._Vts = [U.new_zeros(*U.shape[:2], length, dtype=rows.dtype) for length in rows.lengths]
+        # Exact from the start: a good dictionary must not be changed for the sake of bad activations.
+        X = U.to(rows.dtype)
+        self._Vts = [torch.stack([solve_code(u @ Z.T, u @ u.T, l1_weight) for u in X]) for Z in rows]
         self.E = torch.full_like(self.U[:, 0, 0], torch.inf)
         self.history: list[Tensor] = []
         self.converged = False
@@ -174,7 +181,7 @@ class _Descent:
         Vts = []
         for Z, Vt in zip(self.rows, self._Vts, strict=True):
             Vt, Bt = Vt.clone(), X @ Z.T
-            for _ in range(_SWEEPS if self.history else _FIRST_SWEEPS):
+            for _ in range(_SWEEPS):
                 sweep_code(Vt, Bt, G, self.l1_weight)
             A += Vt.double() @ Vt.double().mT
             C += Vt @ Z
@@ -229,7 +236,8 @@ class _Descent:
 
 
 def _to_ball(U: Tensor) -> Tensor:
-    return U / U.norm(dim=-1, keepdim=True).clamp_min(1)
+    lengths: Tensor = torch.linalg.vector_norm(U, dim=-1, keepdim=True)
+    return U / lengths.clamp_min(1)
 
 
 def _inverse(diagonal: Tensor) -> Tensor:
@@ -255,7 +263,7 @@ def sweep_code(Vt: Tensor, Bt: Tensor, G: Tensor, l1_weight: float) -> None:
         Vt[:, k] = (target[:, k] - (others[:, k : k + 1] @ Vt)[:, 0]).clamp_min_(0)
 
 
-def _solve_code(Bt: Tensor, G: Tensor, l1_weight: float) -> Tensor:
+def solve_code(Bt: Tensor, G: Tensor, l1_weight: float) -> Tensor:
     """Activations argmin_{V ≥ 0} ½‖Z − VU‖² + λ‖V‖₁ of each row, [K, N].
 
     Each row stops by its own criterion, so that its result does not depend on the rows it is solved with.

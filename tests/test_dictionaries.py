@@ -50,7 +50,7 @@ class Folder:
 
     def __iter__(self) -> Iterator[Tensor]:
         self.passes += 1
-        return iter(self.Z.split(self.size))
+        return iter(torch.split(self.Z, self.size))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -115,13 +115,13 @@ def test_two_processes_give_the_dictionary_of_one(tmp_path: Path) -> None:
 def test_bad_shards() -> None:
     Z = features()
     with pytest.raises(TypeError, match="gone through several times: give a list"):
-        SemiNMF(n_concepts=6).fit(shard for shard in Z.split(50))
+        SemiNMF(n_concepts=6).fit(shard for shard in torch.split(Z, 50))
     with pytest.raises(ValueError, match=r"`Z\[1\]` must be \[rows, 24\] on cpu as the first shard, got \[50, 20\]"):
         SemiNMF(n_concepts=6).fit([Z[:50], Z[50:100, :20]])
     broken = Z.clone()
     broken[60, 3] = torch.inf
     with pytest.raises(ValueError, match=r"`Z\[1\]` must be finite, but 1 of 50 rows"):
-        SemiNMF(n_concepts=6).fit(list(broken.split(50)))
+        SemiNMF(n_concepts=6).fit(list(torch.split(broken, 50)))
     with pytest.raises(ValueError, match="at least one shard"):
         KMeans(n_concepts=6).fit([])
     with pytest.raises(ValueError, match="at least `n_concepts` = 6 rows, got 4"):
@@ -146,8 +146,6 @@ def test_duplicate_rows_count_once(method: type[ConceptDictionary]) -> None:
 
 def test_a_sample_of_rows_does_not_depend_on_shards() -> None:
     Z = features()
-    whole, shards = (Rows(part).sample(40, torch.Generator().manual_seed(3)) for part in (Z, Z.split(7)))
+    whole, shards = (Rows(part).sample(40, torch.Generator().manual_seed(3)) for part in (Z, torch.split(Z, 7)))
     assert torch.equal(whole, shards)
     assert len(torch.unique(whole, dim=0)) == 40
-
-

@@ -80,9 +80,12 @@ def test_objective_never_increases() -> None:
     descent = _Descent(Rows(Z), random_U[None], 1.0)
     descent.run(1000, 1e-7)
     own = torch.stack(descent.history)[:, 0].numpy()
-    for history in (own, np.array(SemiNMF(n_concepts=8).fit(Z).report.objective_history)):
-        assert len(history) > 10
-        assert (np.diff(history) <= 1e-7 * history[:-1]).all()
+    assert len(own) > 10
+    assert (np.diff(own) <= 0).all()
+    reported = np.array(SemiNMF(n_concepts=8).fit(Z).report.objective_history)
+    assert (np.diff(reported[:-1]) <= 0).all()
+    # The last value is measured anew, from the residuals in float32.
+    assert reported[-1] <= reported[-2] * (1 + 1e-6)
     assert descent.converged
     assert own[-1] < 0.9 * own[0]
 
