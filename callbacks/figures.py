@@ -21,25 +21,43 @@ def tensorboard(trainer: L.Trainer) -> Any | None:
     return next((logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)), None)
 
 
-def thumbnail(path: str | Path) -> Image.Image:
-    """A picture as a small square; only its middle where it is oblong."""
+def thumbnail(path: str | Path, size: int = _THUMBNAIL) -> Image.Image:
+    """A picture as a small square, only its middle where it is oblong; gray where it is no longer there.
+
+    Stored features may outlive their pictures, or be replayed on another machine.
+
+    Args:
+        path: The picture.
+        size: Width and height in pixels.
+    """
+    if not Path(path).is_file():
+        return Image.new("RGB", (size, size), "lightgray")
     picture = read_image(Path(path))
     side = min(picture.size)
     left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    return picture.crop((left, top, left + side, top + side)).resize((_THUMBNAIL, _THUMBNAIL))
+    return picture.crop((left, top, left + side, top + side)).resize((size, size))
 
 
-def concept_figure(words: Sequence[Sequence[str]], images: Sequence[Sequence[str]]) -> Figure:
+def concept_figure(
+    words: Sequence[Sequence[str]],
+    images: Sequence[Sequence[str]],
+    heat_maps: Sequence[Sequence[str | Path]] | None = None,
+) -> Figure:
     """One row a concept: its words and the pictures that activate it most.
 
     Args:
         words: Words of each concept.
         images: Picture paths of each concept.
+        heat_maps: Path of the heat-map of each of these pictures, to be shown beside it.
     """
-    columns = max((len(paths) for paths in images), default=0)
+    shown: list[list[str | Path]] = [list(paths) for paths in images]
+    if heat_maps is not None:
+        pairs = [list(zip(*both, strict=True)) for both in zip(images, heat_maps, strict=True)]
+        shown = [[path for pair in row for path in pair] for row in pairs]
+    columns = max((len(paths) for paths in shown), default=0)
     figure = Figure(figsize=(3.2 + 1.1 * columns, 1.15 * len(words)), layout="constrained")
     axes = figure.subplots(len(words), columns + 1, squeeze=False, width_ratios=[2.6, *[1.0] * columns])
-    for concept, (row, named, paths) in enumerate(zip(axes, words, images, strict=True)):
+    for concept, (row, named, paths) in enumerate(zip(axes, words, shown, strict=True)):
         row[0].text(0, 0.5, f"{concept}: {', '.join(named) or '(no word)'}", wrap=True, va="center", fontsize=8)
         for axis in row:
             axis.axis("off")

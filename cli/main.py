@@ -16,6 +16,7 @@ COMMANDS = {
     "validate": ("lightning_cli", "generate captions or answers and score them, steered or not"),
     "test": ("lightning_cli", "the same on the test split"),
     "predict": ("lightning_cli", "extract hidden states; fit dictionaries, measure shift, make steering vectors"),
+    "explain": ("explain", "show which concepts a picture activates, and where in it they are"),
     "shapes": ("shapes", "generate the embedded data set"),
     "shapes-model": ("shapes_model", "write a small untrained model for it"),
     "report": ("report", "write the HTML report of a run folder again"),

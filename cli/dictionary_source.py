@@ -1,0 +1,107 @@
+"""What a dictionary was learned from, as its metadata tell, and the same model loaded again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..concepts import ConceptDictionary
+from ..lightning_modules import VisionLanguageModel
+from ..lightning_modules.extraction import Variant
+
+
+@dataclass(frozen=True)
+class DictionarySource:
+    """Where the states of a dictionary come from.
+
+    Attributes:
+        path: The dictionary's file, for messages.
+        site: Site of the states.
+        selector: Selector of the states.
+        variant: `original` or `destination`.
+        features: Metadata of the feature store.
+    """
+
+    path: Path
+    site: str
+    selector: str
+    variant: Variant
+    features: dict[str, Any]
+
+    @classmethod
+    def of(cls, dictionary: ConceptDictionary, path: Path) -> DictionarySource:
+        """Read a dictionary's metadata.
+
+        Raises:
+            ValueError: They do not say which states the dictionary is of.
+        """
+        try:
+            return cls(path, **{key: dictionary.metadata[key] for key in ("site", "selector", "variant", "features")})
+        except KeyError as error:
+            raise ValueError(
+                f"{path}: its metadata lack {error}, so that the same states cannot be read of another picture; give a "
+                "dictionary that DictionaryFitter wrote"
+            ) from error
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Length of the answers that the states were read in, at most."""
+        return int(self.features.get("max_new_tokens", 25))
+
+    def prompt(self, given: str | None) -> str:
+        """The whole prompt.
+
+        Args:
+            given: Replaces what every picture was asked; the question where each was asked another one.
+
+        Raises:
+            ValueError: Nothing is given, and there is no prompt for all pictures.
+        """
+        data = self.features.get("data", {})
+        recorded: str | None = data.get("prompt")
+        if data.get("class") == "VQADataModule":
+            # Here the recorded prompt is what follows each question.
+            recorded, given = None, given and given + (recorded or "")
+        prompt = given or recorded
+        if prompt is None:
+            raise ValueError(f"{self.path}: its pictures had a question each; ask about this one with --prompt")
+        return prompt
+
+    def load_model(self, model: str | None, revision: str | None, adapter: str | None) -> VisionLanguageModel:
+        """Load the model that the dictionary was learned from, with the adapter for one of the destination.
+
+        Args:
+            model: Where the recorded model is now, if it has moved.
+            revision: The same for its revision.
+            adapter: The same for the adapter.
+
+        Raises:
+            ValueError: The metadata name none, it cannot be loaded, or it is another one.
+        """
+        if self.variant == "original" and adapter is not None:
+            raise ValueError(f"{self.path}: a dictionary of the original, which has no adapter; leave --adapter out")
+        if model is None:
+            revision = revision or self.features.get("revision")
+        model = model or self._recorded("model_id", "--model")
+        if self.variant == "destination":
+            adapter = adapter or self._recorded("adapter", "--adapter")
+        dtype = self.features.get("dtype", "auto")
+        backbone = VisionLanguageModel.load(model, revision=revision, adapter=adapter, dtype=dtype)
+        self._check("weights_hash", backbone.weights_hash(), model, "--model")
+        if adapter is not None:
+            self._check("adapter_hash", backbone.adapter_hash(), adapter, "--adapter")
+        return backbone
+
+    def _recorded(self, key: str, flag: str) -> str:
+        value: str | None = self.features.get(key)
+        if value is None:
+            raise ValueError(f"{self.path}: its metadata lack {key!r}; give it with {flag}")
+        return value
+
+    def _check(self, key: str, found: str | None, where: str, flag: str) -> None:
+        if self.features.get(key, found) != found:
+            raise ValueError(
+                f"{self.path}: learned from other weights than those in {where!r}; give the folder of the right ones "
+                f"with {flag}"
+            )
