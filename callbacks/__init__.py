@@ -1,8 +1,11 @@
 """Lightning glue: write features, fit dictionaries, measure shift, steer, score."""
 
 from .caption_scorer import CaptionScorer
+from .causal_checker import CausalChecker
 from .dictionary_fitter import DictionaryFitter
 from .feature_writer import FeatureWriter
+from .grounding import GroundingOptions
+from .grounding_scorer import GroundingScorer
 from .model_export import ModelExport
 from .shift_meter import ShiftMeter
 from .steerer import Steerer
@@ -11,8 +14,11 @@ from .vqa_scorer import VQAScorer
 
 __all__ = [
     "CaptionScorer",
+    "CausalChecker",
     "DictionaryFitter",
     "FeatureWriter",
+    "GroundingOptions",
+    "GroundingScorer",
     "ModelExport",
     "ShiftMeter",
     "StateSet",

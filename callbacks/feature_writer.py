@@ -25,7 +25,7 @@ from .processes import gather
 
 
 class FeatureWriter(Callback):
-    """Writes the states of a `FeatureExtraction` to safetensors shards with a parquet index.
+    """Writes the states of a `FeatureExtraction` to safetensors shards with a parquet index, and the model's readout.
 
     An interrupted extraction, started again, goes on where it stopped. Memory does not grow with the data.
 
@@ -65,6 +65,7 @@ class FeatureWriter(Callback):
         if trainer.is_global_zero:
             metadata = {**describe_run(trainer, pl_module), **describe_model(pl_module)}
             begin_store(self.folder, metadata, self._resumed, self.overwrite)
+            pl_module.readout.save(self.folder)
         trainer.strategy.barrier()
         self._writer = FeatureShardWriter(self.folder, trainer.global_rank, self.shard_rows)
         self._skipped = []
@@ -141,6 +142,7 @@ def describe_run(trainer: L.Trainer, module: FeatureExtraction) -> Row:
         "model_id": module.model_id,
         "revision": module.revision,
         "adapter": module.adapter,
+        "dtype": module.dtype_name,
         "site_patterns": module.site_patterns,
         "selectors": [selector.name for selector in module.selectors],
         "variants": list(module.variants),

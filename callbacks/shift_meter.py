@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,13 @@ from torch import Tensor
 from ..concepts import ConceptShift, Recovery, concept_shift, load_dictionary, pair_rows, recovery
 from ..datamodules.files import write_json
 from ..datamodules.stored_features import FeatureStore
-from ..lightning_modules import BackboneModule
+from .concept_states import ConceptStates
 from .figures import shift_figure, tensorboard
-from .grounding import pictures_of, words_of
+from .grounding import GroundingOptions, pictures_of, words_of
+from .sources import readout_of, store_folder
+
+# The authors look further for the words of shifted concepts.
+_GROUNDING = GroundingOptions(candidates=200)
 
 
 class ShiftMeter(Callback):
@@ -26,45 +31,44 @@ class ShiftMeter(Callback):
     no longer than 1, a difference of states outweighs them.
 
     Args:
-        features: Feature store with both variants.
         original: Folder in which a DictionaryFitter wrote the original's dictionary.
         destination: The same for the destination's.
         out: Folder to write.
+        features: Feature store with both variants; by default the one that a FeatureWriter listed before this writes,
+            or the one that is replayed.
         alpha: How far the original's concepts are shifted: u + α Δ.
-        words: Words per concept.
-        candidates: Tokens among which words are looked for.
-        images: Pictures per concept.
+        grounding: What the concepts are grounded in.
     """
 
     def __init__(
         self,
-        features: str,
         original: str,
         destination: str,
         out: str,
+        features: str | None = None,
         alpha: float = 1.0,
-        words: int = 10,
-        candidates: int = 200,
-        images: int = 5,
+        grounding: GroundingOptions = _GROUNDING,
     ) -> None:
-        self.features = features
         self.original = Path(original)
         self.destination = Path(destination)
         self.out = Path(out)
+        self.features = features
         self.alpha = alpha
-        self.words = words
-        self.candidates = candidates
-        self.images = images
+        self.grounding = grounding
 
     @property
     def state_key(self) -> str:
         """Several pairs of dictionaries may be compared in one run."""
         return f"{type(self).__name__}[{self.out}]"
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse what could not be done at the end."""
+        store_folder(trainer, self, self.features)
+        self.grounding.check()
+
     @rank_zero_only
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Pair the states, compute shift and recovery, and write."""
-        assert isinstance(pl_module, BackboneModule)
         original = load_dictionary(self.original / "dictionary.safetensors")
         destination = load_dictionary(self.destination / "dictionary.safetensors")
         site, selector = original.metadata["site"], original.metadata["selector"]
@@ -73,21 +77,24 @@ class ShiftMeter(Callback):
                 f"{self.destination}: its dictionary is of {destination.metadata['site']!r} and "
                 f"{destination.metadata['selector']!r}, the original's of {site!r} and {selector!r}; fit both alike"
             )
-        store = FeatureStore(self.features)
-        ids_a, A = store.states(site, selector, "original")
-        ids_b, B = store.states(site, selector, "destination")
-        rows_a, rows_b = pair_rows(ids_a, ids_b)
+        store = FeatureStore(store_folder(trainer, self, self.features))
+        a = ConceptStates.read(store, site, selector, "original")
+        b = ConceptStates.read(store, site, selector, "destination")
+        rows_a, rows_b = pair_rows(a.ids, b.ids)
+        A, B = a.states[rows_a], b.states[rows_b]
         U_a, U_b = original.dictionary, destination.dictionary
-        shift = concept_shift(A[rows_a], B[rows_b], original.assign(A[rows_a]), original.n_concepts)
+        shift = concept_shift(A, B, original.assign(A), original.n_concepts)
         U_s = shift.shifted(U_a, self.alpha)
+        readout = readout_of(pl_module, store)
         words = {
-            name: words_of(pl_module.backbone, U, site, self.words, self.candidates)
+            name: words_of(readout, U, site, self.grounding)
             for name, U in (("original", U_a), ("shifted", U_s), ("destination", U_b))
         }
         found = recovery(U_a, U_s, U_b, words["original"], words["shifted"], words["destination"], shift.empty)
+        images = self.grounding.images
         pictures = {
-            "original": pictures_of(original.transform(A), ids_a, store.samples("original"), self.images),
-            "destination": pictures_of(destination.transform(B), ids_b, store.samples("destination"), self.images),
+            "original": pictures_of(original.transform(a.states), a.ids, a.samples, images),
+            "destination": pictures_of(destination.transform(b.states), b.ids, b.samples, images),
         }
         summary = {
             "method": type(original).__name__,
@@ -95,7 +102,8 @@ class ShiftMeter(Callback):
             "selector": selector,
             "alpha": self.alpha,
             "pairs": len(rows_a),
-            "unpaired": {"original": len(ids_a) - len(rows_a), "destination": len(ids_b) - len(rows_b)},
+            "unpaired": {"original": len(a.ids) - len(rows_a), "destination": len(b.ids) - len(rows_b)},
+            "grounding": asdict(self.grounding),
             "empty_concepts": shift.empty.nonzero().flatten().tolist(),
             **found.means(),
             "matched_cosine_gain": found.matched_cosine_gain,

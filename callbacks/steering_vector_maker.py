@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
@@ -14,6 +15,7 @@ from ..concepts import coarse_vector, save_steering_vector
 from ..datamodules.stored_features import FeatureStore
 from ..lightning_modules.extraction import Variant
 from ..metrics import normalize_answer
+from .sources import store_folder
 
 
 @dataclass
@@ -21,24 +23,24 @@ class StateSet:
     """Some states of a feature store.
 
     Attributes:
-        features: The feature store.
         selector: Selector of the states.
+        features: The feature store; by default the one that a FeatureWriter listed before writes, or the one that is
+            replayed.
         variant: `original` or `destination`.
         answer: Only samples that the model answered with exactly this, after VQA normalisation.
     """
 
-    features: str
     selector: str
+    features: str | None = None
     variant: Variant = "original"
     answer: str | None = None
 
-    def states(self, site: str) -> Tensor:
-        """The states [N, D] at a site.
+    def states(self, store: FeatureStore, site: str) -> Tensor:
+        """The states [N, D] at a site of their store.
 
         Raises:
             ValueError: There are none.
         """
-        store = FeatureStore(self.features)
         ids, states = store.states(site, self.selector, self.variant)
         if self.answer is None:
             return states
@@ -46,7 +48,7 @@ class StateSet:
         texts = {sample_id: row["text"] for sample_id, row in store.samples(self.variant).items()}
         keep = [row for row, sample_id in enumerate(ids) if normalize_answer(texts[sample_id]) == wanted]
         if not keep:
-            raise ValueError(f"{self.features}: no {self.variant} sample was answered {self.answer!r}")
+            raise ValueError(f"{store.folder}: no {self.variant} sample was answered {self.answer!r}")
         return states[keep]
 
 
@@ -71,18 +73,26 @@ class SteeringVectorMaker(Callback):
         """Several vectors may be made in one run."""
         return f"{type(self).__name__}[{self.out}]"
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse what could not be done at the end."""
+        for side in (self.target, self.source):
+            store_folder(trainer, self, side.features)
+
     @rank_zero_only
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Average, subtract, and write."""
-        target, source = self.target.states(self.site), self.source.states(self.site)
+        target, target_from = self._read(trainer, self.target)
+        source, source_from = self._read(trainer, self.source)
         vector = coarse_vector(target, source)
-        metadata = {
-            "site": self.site,
-            "target": {**vars(self.target), "states": len(target)},
-            "source": {**vars(self.source), "states": len(source)},
-        }
+        metadata = {"site": self.site, "target": target_from, "source": source_from}
         save_steering_vector(self.out, vector, metadata)
         rank_zero_info(
             f"{self.out}: mean of {len(target)} target minus mean of {len(source)} source states at {self.site}, "
             f"length {float(vector.norm()):.3g}"
         )
+
+    def _read(self, trainer: L.Trainer, side: StateSet) -> tuple[Tensor, dict[str, Any]]:
+        """The states of one side, and where they come from."""
+        folder = store_folder(trainer, self, side.features)
+        states = side.states(FeatureStore(folder), self.site)
+        return states, {**vars(side), "features": str(folder), "states": len(states)}

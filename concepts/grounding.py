@@ -3,7 +3,7 @@
 Notation: U [K, D] dictionary, V [N, K] activations, W [T, D] unembedding of T tokens.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache
 
 import torch
@@ -19,6 +19,9 @@ _MINIMUM_FREQUENCY = 3e-7
 _MINIMUM_LETTERS = 3
 # Tokens decoded at a time, so that a bfloat16 unembedding is never copied to float32 as a whole.
 _TOKEN_CHUNK = 16_384
+
+# Words of several tokens: the word, and the ids of its sub-tokens in one way to write it.
+_Spans = list[tuple[str, tuple[int, ...]]]
 
 
 @cache
@@ -45,12 +48,16 @@ def ground_words(
     words: int = 10,
     lexicon: Collection[str] | None = None,
     stop_words: Collection[str] | None = None,
+    spans: Mapping[str, Sequence[Sequence[int]]] | None = None,
 ) -> list[list[str]]:
     """Words of each concept: the admissible ones among the tokens with the largest logits U Wᵀ.
 
     CoX-LMM (arXiv 2406.08074, section 3). A token is admissible if it is, stripped and in lower case, an
     English word of at least three letters and no stop word. The candidates are taken from all tokens and
     filtered afterwards, so a concept that decodes to no words has an empty list.
+
+    A word of several tokens is admissible under the same conditions if all its sub-tokens are candidates. Its logit
+    is their mean, and where it is listed, none of them is listed on its own.
 
     Args:
         U: concepts, [K, D].
@@ -62,43 +69,94 @@ def ground_words(
         words: words kept for each concept, at most.
         lexicon: admissible words, lower case; `english_lexicon()` if not given.
         stop_words: words left out; `english_stop_words()` if not given.
+        spans: words of several tokens, lower case, with the ids of the sub-tokens of each way to write them.
 
     Returns:
         K lists of distinct words, largest logit first.
 
     Raises:
-        ValueError: if the widths of `U` and `unembedding` differ, the vocabulary has not one string a token, a
-            matrix is not finite, or `candidates` or `words` is below 1.
+        ValueError: if the widths of `U` and `unembedding` differ, the vocabulary is empty or has not one string a
+            token, no word of the lexicon is admissible, a span names a token that does not exist, a matrix is not
+            finite, or `candidates` or `words` is below 1.
     """
     check_at_least(candidates, 1, "candidates")
     check_at_least(words, 1, "words")
     U = as_rows(U, "U")
     check_same_width(U, unembedding, ("U", "unembedding"))
+    if not vocabulary:
+        raise ValueError("`vocabulary` must have the decoded string of every token, but it is empty")
     if len(vocabulary) != len(unembedding):
         raise ValueError(
             f"`vocabulary` must have one string for each of the {len(unembedding)} rows of `unembedding`, "
             f"got {len(vocabulary)}: decode every id below {len(unembedding)}"
         )
+    admissible = _admissible(lexicon, stop_words)
+    several = _admissible_spans(spans, admissible, len(vocabulary))
+    return [
+        _ranked_words(logits, vocabulary, admissible, several, words)
+        for logits in _top_tokens(U, unembedding, norm, candidates)
+    ]
+
+
+def _admissible(lexicon: Collection[str] | None, stop_words: Collection[str] | None) -> set[str]:
     lexicon = english_lexicon() if lexicon is None else lexicon
-    stop_words = english_stop_words() if stop_words is None else stop_words
-    grounded = []
-    for tokens in _top_tokens(U, unembedding, norm, candidates):
-        decoded = (vocabulary[token].strip().lower() for token in tokens)
-        kept = (word for word in decoded if _has_shape(word) and word in lexicon and word not in stop_words)
-        grounded.append(list(dict.fromkeys(kept))[:words])
-    return grounded
+    admissible = {word for word in lexicon if _has_shape(word)}
+    admissible -= english_stop_words() if stop_words is None else set(stop_words)
+    if not admissible:
+        raise ValueError(
+            f"`lexicon` must have an English word of at least {_MINIMUM_LETTERS} letters that is no stop word, but "
+            f"none of its {len(lexicon)} entries is one: give a longer list, or none for the installed one"
+        )
+    return admissible
+
+
+def _admissible_spans(spans: Mapping[str, Sequence[Sequence[int]]] | None, admissible: set[str], tokens: int) -> _Spans:
+    kept = [(word, tuple(span)) for word, ways in (spans or {}).items() if word in admissible for span in ways]
+    for word, span in kept:
+        if not span or min(span) < 0 or max(span) >= tokens:
+            raise ValueError(f"`spans` must name tokens below {tokens}, got {span} for '{word}': use one tokenizer")
+    return kept
+
+
+def _ranked_words(
+    logits: Mapping[int, float], vocabulary: Sequence[str], admissible: set[str], several: _Spans, words: int
+) -> list[str]:
+    """The admissible words of one concept with the largest logits, from those of its candidates (id → logit)."""
+    found: list[tuple[float, str, tuple[int, ...]]] = [
+        (logit, word, (token,))
+        for token, logit in logits.items()
+        if (word := vocabulary[token].strip().lower()) in admissible
+    ]
+    candidates = set(logits)
+    found += [
+        (sum(logits[token] for token in span) / len(span), word, span)
+        for word, span in several
+        if candidates.issuperset(span)
+    ]
+    listed: dict[str, tuple[int, ...]] = {}
+    consumed: set[int] = set()
+    for _, word, span in sorted(found, key=lambda entry: -entry[0]):
+        if len(listed) == words:
+            break
+        if word in listed or (len(span) == 1 and span[0] in consumed):
+            continue
+        if len(span) > 1:
+            consumed.update(span)
+            listed = {known: tokens for known, tokens in listed.items() if len(tokens) > 1 or tokens[0] not in span}
+        listed[word] = span
+    return list(listed)
 
 
 def _top_tokens(
     U: Tensor, unembedding: Tensor, norm: Callable[[Tensor], Tensor] | None, candidates: int
-) -> list[list[int]]:
-    """Ids of the tokens with the largest logits, best first, ties by id: K lists of at most `candidates`."""
+) -> list[dict[int, float]]:
+    """Logits of the tokens with the largest ones by id, best first, ties by id: K mappings of `candidates` at most."""
     states = U.to(unembedding)
     states = as_rows(states if norm is None else norm(states), "norm(U)")
     logits = torch.cat([states @ chunk.float().T for chunk in torch.split(unembedding, _TOKEN_CHUNK)], dim=1)
-    order = as_rows(logits, "logits").sort(dim=1, descending=True, stable=True).indices
-    top: list[list[int]] = order[:, :candidates].tolist()
-    return top
+    ordered = as_rows(logits, "logits").sort(dim=1, descending=True, stable=True)
+    tops = zip(ordered.indices[:, :candidates].tolist(), ordered.values[:, :candidates].tolist(), strict=True)
+    return [dict(zip(tokens, values, strict=True)) for tokens, values in tops]
 
 
 def _has_shape(word: str) -> bool:

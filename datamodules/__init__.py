@@ -4,6 +4,7 @@ from .base import PictureDataModule
 from .captioning import CAPTION_PROMPT, CaptionDataModule
 from .images import BadImageError, read_image
 from .mixture import MixtureDataModule
+from .replay import StoredFeatures
 from .sample import Batch, Sample, SkippedSample
 from .vqa import VQA_PROMPT, VQADataModule
 from .word_classes import WORD_CLASSES, word_class
@@ -19,6 +20,7 @@ __all__ = [
     "PictureDataModule",
     "Sample",
     "SkippedSample",
+    "StoredFeatures",
     "VQADataModule",
     "read_image",
     "word_class",

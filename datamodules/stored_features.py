@@ -8,9 +8,10 @@ complete or absent, so an interrupted run goes on behind its last one. Merging w
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -248,8 +249,7 @@ class FeatureStore:
         ):
             if value not in known:
                 raise ValueError(f"{self.folder}: no {name} {value!r}; the store has {', '.join(known)}")
-        wanted = pc.and_(pc.equal(self._index["selector"], selector), pc.equal(self._index["variant"], variant))
-        rows = self._index.filter(wanted)
+        rows = self._rows(selector, variant)
         if rows.num_rows == 0:
             count = len(self.samples(variant))
             raise ValueError(
@@ -257,14 +257,63 @@ class FeatureStore:
             )
         return rows["sample_id"].to_pylist(), self._gather(rows, site)
 
+    def tokens(self, selector: str, variant: str) -> list[str]:
+        """The token that each state predicts [N], in the order of `states`."""
+        tokens: list[str] = self._rows(selector, variant)["token"].to_pylist()
+        return tokens
+
+    def shard_rows(self) -> dict[str, int]:
+        """Shard → number of states that the index has of it, by name of the shard."""
+        counts = self._index["shard"].value_counts().to_pylist()
+        return {count["values"]: count["counts"] for count in sorted(counts, key=lambda count: count["values"])}
+
+    def read_shard(self, shard: str) -> dict[str, Tensor]:
+        """Site → states [rows, D] of one shard, as they are on disk.
+
+        Raises:
+            ValueError: The shard is missing or damaged.
+        """
+        with self._open(shard) as file:
+            return {site: file.get_tensor(site) for site in file.keys()}  # noqa: SIM118 - no dictionary
+
+    def _rows(self, selector: str, variant: str) -> pa.Table:
+        wanted = pc.and_(pc.equal(self._index["selector"], selector), pc.equal(self._index["variant"], variant))
+        return self._index.filter(wanted)
+
+    def _open(self, shard: str) -> Any:
+        try:
+            return safe_open(self.folder / shard, framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{self.folder / shard}: missing or damaged ({error}); extract again") from error
+
     def _gather(self, rows: pa.Table, site: str) -> Tensor:
         shards, positions = rows["shard"].to_pylist(), torch.tensor(rows["row"].to_pylist())
         out: Tensor | None = None
         for shard in sorted(set(shards)):
             here = torch.tensor([name == shard for name in shards]).nonzero().flatten()
-            with safe_open(self.folder / shard, framework="pt") as file:
+            with self._open(shard) as file:
                 states = file.get_tensor(site)[positions[here]].float()
             out = torch.empty(len(shards), states.shape[1]) if out is None else out
             out[here] = states
         assert out is not None
         return out
+
+
+def held_out_ids(ids: Iterable[str], share: float) -> set[str]:
+    """Choose samples by a hash of their id: the same ones whatever their order and whatever others there are.
+
+    Args:
+        ids: Sample ids.
+        share: Probability of each to be chosen.
+
+    Raises:
+        ValueError: `share` is not in 0 … 1.
+    """
+    if not 0 <= share < 1:
+        raise ValueError(f"held_out must be at least 0 and below 1, got {share}")
+    return {sample_id for sample_id in ids if _uniform(sample_id) < share}
+
+
+def _uniform(sample_id: str) -> float:
+    """A number in 0 … 1 that only the id decides."""
+    return int.from_bytes(hashlib.sha256(sample_id.encode()).digest()[:8]) / 2**64

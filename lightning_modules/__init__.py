@@ -1,8 +1,17 @@
-"""LightningModules: fine-tuning and extraction."""
+"""LightningModules: fine-tuning, extraction, and replay of what was extracted."""
 
 from .backbone import VisionLanguageModel
 from .base import BackboneModule
 from .extraction import Extraction, FeatureExtraction
 from .finetuning import FineTuning, LoraOptions
+from .replay import Replay
 
-__all__ = ["BackboneModule", "Extraction", "FeatureExtraction", "FineTuning", "LoraOptions", "VisionLanguageModel"]
+__all__ = [
+    "BackboneModule",
+    "Extraction",
+    "FeatureExtraction",
+    "FineTuning",
+    "LoraOptions",
+    "Replay",
+    "VisionLanguageModel",
+]

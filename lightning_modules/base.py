@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import lightning as L
 
 from .backbone import PromptEncoder, VisionLanguageModel
+from .backbone.readout import Readout
 
 
 class BackboneModule(L.LightningModule):
@@ -50,6 +53,11 @@ class BackboneModule(L.LightningModule):
     def encode(self) -> PromptEncoder:
         """Encodes batches for this model."""
         return self.backbone.encode
+
+    @cached_property
+    def readout(self) -> Readout:
+        """How the model's states become words."""
+        return Readout.from_model(self.backbone)
 
     def configure_model(self) -> None:
         """Load the model, on every process, once."""

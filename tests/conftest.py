@@ -23,7 +23,17 @@ from conceptshift.cli.shapes_model import shapes_corpus
 from conceptshift.datamodules.shapes import write_shapes
 from conceptshift.lightning_modules import VisionLanguageModel
 from conceptshift.lightning_modules.backbone.tiny import write_tiny_llava
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.utils.hooks import RemovableHandle
+from transformers import (
+    BertConfig,
+    BertModel,
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPProcessor,
+    PreTrainedTokenizerFast,
+)
 
 torch.set_num_threads(1)
 
@@ -245,3 +255,55 @@ def fit(cli: Callable[..., Ran], tiny: Path, shapes: Path) -> Callable[..., Ran]
         )
 
     return run
+
+
+def _word_tokenizer(first: str, last: str, length: int) -> PreTrainedTokenizerFast:
+    """One token a word, between two special tokens; `last` also pads."""
+    words = sorted({word.strip(".,?") for text in itertools.islice(shapes_corpus(), 400) for word in text.split()})
+    vocabulary = {token: index for index, token in enumerate(dict.fromkeys([first, last, "[UNK]", ",", ".", *words]))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    ends = [(token, vocabulary[token]) for token in (first, last)]
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{first} $A {last}", special_tokens=ends)
+    names = {"bos_token": first, "eos_token": last, "pad_token": last, "unk_token": "[UNK]"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=length, **names)
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random CLIP that takes 24 tokens and 32 x 32 pixels."""
+    folder: Path = tmp_path_factory.mktemp("clip")
+    tokenizer = _word_tokenizer("<start>", "<end>", length=24)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    config = CLIPConfig(
+        text_config={**sizes, **ids, "vocab_size": len(tokenizer), "max_position_embeddings": 24},
+        vision_config={**sizes, "image_size": 32, "patch_size": 8},
+        projection_dim=16,
+    )
+    # With this seed pictures and texts lie on the same side, as they do after training.
+    torch.manual_seed(2)
+    CLIPModel(config).save_pretrained(folder)
+    images = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    CLIPProcessor(images, tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random BERT that takes 32 tokens."""
+    folder: Path = tmp_path_factory.mktemp("bert")
+    tokenizer = _word_tokenizer("[CLS]", "[SEP]", length=32)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=32,
+        initializer_range=0.3,
+    )
+    torch.manual_seed(0)
+    BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -67,6 +67,64 @@ def test_ties_go_to_the_smaller_token(monkeypatch: pytest.MonkeyPatch) -> None:
     assert grounded == [vocabulary]
 
 
+# --- words of several tokens ----------------------------------------------------------------------------
+
+PIECES = [" surf", "board", " dog", "cat", "##", " skate", "grass"]
+LONG = frozenset({"surfboard", "skateboard", "surf", "board", "dog", "cat", "grass", "catboard"})
+SPANS = {"surfboard": [[0, 1]], "skateboard": [[5, 1]]}
+
+
+def grounded(
+    *logits: float, spans: dict[str, list[list[int]]] = SPANS, candidates: int = 50, words: int = 10
+) -> list[str]:
+    (found,) = ground_words(
+        torch.tensor([logits]), torch.eye(len(PIECES)), PIECES, None, candidates, words, LONG, frozenset(), spans
+    )
+    return found
+
+
+def test_a_word_of_several_tokens_ranks_by_the_mean_of_their_logits() -> None:
+    #          surf board dog cat  ##  skate grass
+    logits = (9.0, 3.0, 7.0, 5.0, 4.0, -9.0, 0.0)
+    assert grounded(*logits) == ["dog", "surfboard", "cat", "grass", "skateboard"]
+    assert grounded(*logits, candidates=6) == ["dog", "surfboard", "cat", "grass"]
+
+
+def test_its_sub_tokens_are_not_listed_on_their_own() -> None:
+    logits = (9.0, 8.0, 7.0, 5.0, 4.0, -9.0, 0.0)
+    assert grounded(*logits, candidates=5) == ["surfboard", "dog", "cat"]
+    assert grounded(*logits, candidates=5, spans={}) == ["surf", "board", "dog", "cat"]
+
+
+def test_a_sub_token_that_is_missing_makes_no_word() -> None:
+    """The first sub-token alone is what public code takes for the word."""
+    logits = (9.0, -8.0, 7.0, 5.0, 4.0, -9.0, 0.0)
+    assert grounded(*logits, candidates=4) == ["surf", "dog", "cat"]
+
+
+def test_a_word_that_is_not_listed_consumes_nothing() -> None:
+    """Neither one of too small a logit nor one that is no admissible word."""
+    logits = (9.0, 2.0, 7.0, 6.0, 4.0, -9.0, 0.0)
+    assert grounded(*logits, candidates=5, words=3) == ["surf", "dog", "cat"]
+    assert grounded(*logits, candidates=5, spans={"surfer": [[0, 1]]}) == ["surf", "dog", "cat", "board"]
+
+
+def test_the_same_sub_token_may_serve_two_words() -> None:
+    assert grounded(9.0, 8.0, 0.0, 0.0, 0.0, 7.0, 0.0, candidates=3) == ["surfboard", "skateboard"]
+
+
+def test_of_several_ways_to_write_a_word_the_best_counts() -> None:
+    logits = (1.0, 8.0, 4.0, 9.0, 0.0, 0.0, 0.0)
+    assert grounded(*logits, spans={"surfboard": [[0, 1], [3, 1]]}, candidates=4) == ["surfboard", "dog", "surf"]
+    # A word that is listed already takes no part of other words.
+    assert grounded(*logits, spans={"cat": [[2, 1]]}, candidates=4) == ["cat", "board", "dog", "surf"]
+
+
+def test_repeated_sub_tokens_count_as_often_as_they_occur() -> None:
+    logits = (6.0, 0.0, 4.1, 3.9, 0.0, 0.0, 0.0)
+    assert grounded(*logits, spans={"catboard": [[0, 0, 1]]}, candidates=5)[:2] == ["dog", "catboard"]
+
+
 def test_installed_lexicon_knows_words_of_pictures() -> None:
     lexicon = english_lexicon()
     assert {"dog", "giraffes", "surfboard", "frisbee", "red", "kitchen"} <= lexicon
@@ -95,6 +153,15 @@ def test_bad_word_grounding() -> None:
         ground_words(U, W, vocabulary, candidates=0)
     with pytest.raises(ValueError, match=r"`words` must be at least 1"):
         ground_words(U, W, vocabulary, words=0)
+    with pytest.raises(ValueError, match=r"`vocabulary` .* is empty"):
+        ground_words(U, W, [])
+    with pytest.raises(ValueError, match=r"`lexicon` must have .* none of its 0 entries"):
+        ground_words(U, W, vocabulary, lexicon=[])
+    with pytest.raises(ValueError, match=r"`lexicon` must have .* none of its 2 entries"):
+        ground_words(U, W, vocabulary, lexicon=["the", "ox"])
+    for span in ([4, 0], [-1, 0], []):
+        with pytest.raises(ValueError, match=r"`spans` must name tokens below 4, got .* for 'dogs'"):
+            ground_words(U, W, vocabulary, lexicon=LEXICON, spans={"dogs": [span]})
 
 
 def test_images_of_a_concept_are_the_strongest_rows() -> None:

@@ -5,7 +5,7 @@ from typing import Literal
 
 import pytest
 import torch
-from conceptshift.concepts import match_concepts
+from conceptshift.concepts import match_concepts, stability
 from torch.nn.functional import normalize
 
 
@@ -63,3 +63,41 @@ def test_bad_dictionaries(method: Literal["bijective", "nearest"]) -> None:
 def test_bad_method() -> None:
     with pytest.raises(ValueError, match=r"'bijective' or 'nearest', got 'hungarian'"):
         match_concepts(torch.eye(2), torch.eye(2), "hungarian")  # type: ignore[arg-type]
+
+
+def _dictionaries(count: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    base = torch.randn(6, 20, generator=generator)
+    return [base + 0.3 * number * torch.randn(6, 20, generator=generator) for number in range(count)]
+
+
+def test_stability_is_the_mean_cosine_with_the_matches() -> None:
+    first, *others = _dictionaries(4)
+    cosine = torch.nn.functional.cosine_similarity
+    expected = torch.stack([cosine(first, other[match_concepts(first, other)]) for other in others]).mean(dim=0)
+    torch.testing.assert_close(stability([first, *others]), expected)
+    assert (expected < 0.99).all()
+    assert (expected > 0.5).all()
+    torch.testing.assert_close(stability([first, first * 3]), torch.ones(6))
+
+
+def test_stability_does_not_depend_on_the_order_of_concepts() -> None:
+    first, *others = _dictionaries(4)
+    found = stability([first, *others])
+    order = torch.randperm(6, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(stability([first, *(other[order] for other in others)]), found)
+    torch.testing.assert_close(stability([first, *others[::-1]]), found)
+    torch.testing.assert_close(stability([first[order], *others]), found[order])
+
+
+def test_a_concept_that_no_other_has_is_not_stable() -> None:
+    first, second = torch.eye(3), torch.eye(3)[[1, 0, 2]].clone()
+    second[2] = -second[2]
+    assert stability([first, second]).tolist() == [1, 1, -1]
+    assert stability([torch.eye(3), torch.zeros(3, 3)]).tolist() == [0, 0, 0]
+
+
+def test_stability_of_unlike_dictionaries() -> None:
+    for dictionaries in ([], [torch.eye(3)], [torch.eye(3), torch.eye(3)[:2]], [torch.eye(3), torch.eye(3)[:, :2]]):
+        with pytest.raises(ValueError, match="two or more of one shape"):
+            stability(dictionaries)
