@@ -29,6 +29,8 @@ $(VENV)/.installed: setup.cfg constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+# Without what it requires for pictures (torchvision, timm, OpenCV): it is not used, and large.
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps overcomplete einops
 	touch $@
 
 $(LINK): | $(VENV)/bin/python

@@ -1,10 +1,11 @@
 """Pure tensor mathematics of concepts: dictionaries, grounding, matching, shift, recovery, steering."""
 
 from .artifacts import content_hash, load_artifact, save_artifact
-from .dictionary import ConceptDictionary, load_dictionary
+from .dictionary import ConceptDictionary, load_dictionary, strongest
 from .grounding import english_lexicon, english_stop_words, ground_images, ground_words
 from .kmeans import KMeans
 from .matching import match_concepts, stability
+from .overcomplete import Overcomplete
 from .pca import PCA
 from .recovery import Recovery, recovery, t_overlap
 from .report import FitReport
@@ -19,6 +20,7 @@ __all__ = [
     "ConceptShift",
     "FitReport",
     "KMeans",
+    "Overcomplete",
     "Recovery",
     "SemiNMF",
     "Simple",
@@ -41,5 +43,6 @@ __all__ = [
     "save_artifact",
     "save_steering_vector",
     "stability",
+    "strongest",
     "t_overlap",
 ]
