@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Container
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
-import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from ..datamodules.stored_features import FeatureStore
+from ..datamodules.stored_features import FeatureStore, StateShards
 from ..lightning_modules.backbone import Selector
 from ..lightning_modules.extraction import Variant
 from ..metrics import word_share
@@ -21,16 +21,18 @@ class ConceptStates:
     """States of one site, selector and variant.
 
     Attributes:
+        store: Where they are.
         ids: Sample id of each state [N].
-        states: The states [N, D], float32.
+        shards: The states [N, D], to be read piece by piece.
         tokens: The token that each state predicts [N].
         samples: Sample id → row of the store, of every sample of the variant.
         matched: How many samples the selector matched.
         confirmed: How many of these are here: see `read`.
     """
 
+    store: FeatureStore
     ids: list[str]
-    states: Tensor
+    shards: StateShards
     tokens: list[str]
     samples: dict[str, dict[str, Any]]
     matched: int
@@ -46,7 +48,7 @@ class ConceptStates:
         Raises:
             ValueError: There are none.
         """
-        ids, states = store.states(site, selector, variant)
+        ids, shards = store.shards(site, selector, variant)
         samples = store.samples(variant)
         matched = set(ids)
         confirmed = {sample_id for sample_id in matched if _is_confirmed(samples[sample_id]["references"], selector)}
@@ -59,8 +61,13 @@ class ConceptStates:
                 f"{store.folder}: selector {selector!r} matched {len(matched)} {variant} samples, but none of them has "
                 "the word in a reference caption; choose a word that is in the pictures"
             )
-        found = cls(ids, states, store.tokens(selector, variant), samples, len(matched), len(confirmed))
+        found = cls(store, ids, shards, store.tokens(selector, variant), samples, len(matched), len(confirmed))
         return found if confirmed == matched else found.of(confirmed)
+
+    @cached_property
+    def states(self) -> Tensor:
+        """All states in memory [N, D], float32."""
+        return self.shards.load()
 
     def of(self, sample_ids: Container[str]) -> ConceptStates:
         """The states of some samples."""
@@ -68,7 +75,7 @@ class ConceptStates:
         return replace(
             self,
             ids=[self.ids[row] for row in rows],
-            states=self.states[torch.tensor(rows, dtype=torch.long)],
+            shards=self.shards.take(rows),
             tokens=[self.tokens[row] for row in rows],
         )
 

@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from ..concepts import ConceptDictionary, stability
+from ..concepts import ConceptDictionary, stability, strongest
 from ..datamodules.files import write_json
 from ..datamodules.stored_features import FeatureStore, held_out_ids
+from ..lightning_modules import VisionLanguageModel
 from ..lightning_modules.extraction import Variant
 from ..metrics import concept_overlap
 from .concept_states import ConceptStates
 from .figures import concept_figure, tensorboard
 from .grounding import GroundingOptions, pictures_of, words_of
+from .heat_maps import heat_maps
 from .projector import add_states
-from .sources import readout_of, store_folder
+from .sources import model_of, readout_of, store_folder
 
 _GROUNDING = GroundingOptions()
+# Bytes of states that are kept in memory; more are read again on every pass.
+_IN_MEMORY = 2**31
+
+Pictures = list[list[dict[str, Any]]]
 
 
 class DictionaryFitter(Callback):
@@ -44,6 +52,7 @@ class DictionaryFitter(Callback):
         grounding: What the concepts are grounded in.
         held_out: Share of the samples to keep out of the fit, for scores. An id alone decides whether its sample is
             kept out, so that it is in every run.
+        heat_maps: Whether to draw each concept over its pictures; it takes one more pass over these pictures.
         stability_seeds: Number of further seeds to fit with, to report how well each concept is found again.
     """
 
@@ -57,6 +66,7 @@ class DictionaryFitter(Callback):
         variant: Variant = "original",
         grounding: GroundingOptions = _GROUNDING,
         held_out: float = 0.0,
+        heat_maps: bool = True,
         stability_seeds: int = 0,
     ) -> None:
         if stability_seeds < 0:
@@ -70,6 +80,7 @@ class DictionaryFitter(Callback):
         self.variant = variant
         self.grounding = grounding
         self.held_out = held_out
+        self.heat_maps = heat_maps
         self.stability_seeds = stability_seeds
 
     @property
@@ -82,31 +93,58 @@ class DictionaryFitter(Callback):
         store_folder(trainer, self, self.features)
         self.grounding.check()
 
-    @rank_zero_only
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Fit, ground, and write."""
+        """Fit, on all processes, then ground and write."""
         store = FeatureStore(store_folder(trainer, self, self.features))
         found = ConceptStates.read(store, self.site, self.selector, self.variant)
         kept_out = held_out_ids(found.ids, self.held_out)
         fitted = found.of(set(found.ids) - kept_out) if kept_out else found
-        self.dictionary.fit(fitted.states)
-        words = words_of(readout_of(pl_module, store), self.dictionary.dictionary, self.site, self.grounding)
+        shared = self.dictionary.adds_up and trainer.world_size > 1
+        if trainer.is_global_zero or shared:
+            Z = _features(fitted, trainer.global_rank, trainer.world_size if shared else 1, pl_module.device)
+            self.dictionary.fit(Z, distributed=shared)
+            again = reproducibility(self.dictionary, Z, shared, self.stability_seeds)
+            if trainer.is_global_zero:
+                self._finish(trainer, pl_module, fitted, {"held_out_samples": len(kept_out), **again})
+        trainer.strategy.barrier()
+
+    def _finish(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, fitted: ConceptStates, more: dict[str, Any]
+    ) -> None:
+        words = words_of(readout_of(pl_module, fitted.store), self.dictionary.dictionary, self.site, self.grounding)
+        V = torch.cat([self.dictionary.transform(Z) for Z in fitted.shards])
         summary = {
             "variant": self.variant,
             "site": self.site,
             "selector": self.selector,
             "held_out": self.held_out,
-            "held_out_samples": len(kept_out),
             "grounding": asdict(self.grounding),
-            **summarise(self.dictionary, fitted, words, self.grounding.images),
-            **reproducibility(self.dictionary, fitted.states, self.stability_seeds),
+            **summarise(self.dictionary, fitted, V, words, self.grounding.images),
+            **more,
         }
         metadata = {name: summary[name] for name in ("site", "selector", "variant", "held_out")}
-        self.dictionary.save(self.out / "dictionary.safetensors", {**metadata, "features": store.metadata})
+        self.dictionary.save(self.out / "dictionary.safetensors", {**metadata, "features": fitted.store.metadata})
         write_json(self.out / "concepts.json", summary)
-        self._show(trainer, summary, fitted)
+        if self.heat_maps:
+            summary["images"] = self._drawn(model_of(pl_module), summary["images"], fitted)
+            write_json(self.out / "concepts.json", summary)
+        self._show(trainer, summary, fitted, strongest(V))
 
-    def _show(self, trainer: L.Trainer, summary: dict[str, Any], fitted: ConceptStates) -> None:
+    def _drawn(self, backbone: VisionLanguageModel | None, pictures: Pictures, fitted: ConceptStates) -> Pictures:
+        """The pictures, with heat-maps where these can be drawn; the dictionary is written by then."""
+        if backbone is None:
+            rank_zero_info(f"{self.out}: no heat-maps, because no model is running")
+            return pictures
+        try:
+            return heat_maps(
+                backbone, self.dictionary.dictionary, self.site, pictures, fitted.samples, self.out,
+                variant=self.variant, signed=self.dictionary.signed,
+            )  # fmt: skip
+        except ValueError as error:
+            rank_zero_warn(f"{self.out}: no heat-maps: {error}")
+            return pictures
+
+    def _show(self, trainer: L.Trainer, summary: dict[str, Any], fitted: ConceptStates, assigned: Tensor) -> None:
         writer = tensorboard(trainer)
         if writer is None:
             return
@@ -115,29 +153,34 @@ class DictionaryFitter(Callback):
         missing = sorted({path for row in paths for path in row if not Path(path).is_file()})
         if missing:
             rank_zero_warn(f"{self.out}: {missing[0]} and other pictures are not there; TensorBoard shows them in gray")
-        writer.add_figure(name, concept_figure(summary["words"], paths))
+        drawn = [
+            [str(self.out / picture["heat_map"]) for picture in pictures if "heat_map" in picture]
+            for pictures in summary["images"]
+        ]
+        writer.add_figure(name, concept_figure(summary["words"], paths, drawn if any(drawn) else None))
         for step, value in enumerate(self.dictionary.report.objective_history):
             writer.add_scalar(f"{name}/objective", value, step)
         for measure in ("explained_variance", "overlap", "l0"):
             writer.add_scalar(f"{name}/{measure}", summary[measure], trainer.global_step)
-        assigned = self.dictionary.assign(fitted.states)
         add_states(writer, self.out.name, fitted, assigned, summary["words"], self.dictionary.seed)
 
 
 def summarise(
-    dictionary: ConceptDictionary, fitted: ConceptStates, words: list[list[str]], images: int
+    dictionary: ConceptDictionary, fitted: ConceptStates, V: Tensor, words: list[list[str]], images: int
 ) -> dict[str, Any]:
     """What is reported of a dictionary.
 
     Args:
         dictionary: The dictionary, fitted.
         fitted: The states that it was fitted on.
+        V: Their activations [N, K].
         words: Words of each concept.
         images: Pictures per concept.
     """
-    report, assigned = dictionary.report, dictionary.assign(fitted.states)
+    report, assigned = dictionary.report, strongest(V)
     return {
-        "method": type(dictionary).__name__,
+        # Of a library of methods, the method.
+        "method": getattr(dictionary, "method", type(dictionary).__name__),
         "k": dictionary.n_concepts,
         "matched_samples": fitted.matched,
         "confirmed_samples": fitted.confirmed,
@@ -151,16 +194,19 @@ def summarise(
         "overlap": concept_overlap(words),
         "sizes": assigned[assigned >= 0].bincount(minlength=dictionary.n_concepts).tolist(),
         "words": words,
-        "images": pictures_of(dictionary.transform(fitted.states), fitted.ids, fitted.samples, images),
+        "images": pictures_of(V, fitted.ids, fitted.samples, images),
     }
 
 
-def reproducibility(dictionary: ConceptDictionary, Z: Tensor, seeds: int) -> dict[str, Any]:
+def reproducibility(
+    dictionary: ConceptDictionary, Z: Tensor | Iterable[Tensor], distributed: bool, seeds: int
+) -> dict[str, Any]:
     """Fit with further seeds and report, for each concept and on average, the cosine with its counterparts.
 
     Args:
         dictionary: The dictionary, fitted.
         Z: The states that it was fitted on [N, D].
+        distributed: Whether these are the rows of this process only.
         seeds: How many.
     """
     if not seeds:
@@ -169,6 +215,27 @@ def reproducibility(dictionary: ConceptDictionary, Z: Tensor, seeds: int) -> dic
     for further in range(1, seeds + 1):
         other = deepcopy(dictionary)
         other.seed = dictionary.seed + further
-        others.append(other.fit(Z).dictionary)
+        others.append(other.fit(Z, distributed=distributed).dictionary)
     found = stability([dictionary.dictionary, *others])
     return {"stability": found.tolist(), "mean_stability": float(found.mean())}
+
+
+def _features(found: ConceptStates, rank: int, processes: int, device: torch.device) -> Tensor | Iterable[Tensor]:
+    """What one of several processes fits on: its block of rows, on its device if they are few enough to stay there."""
+    bounds = [len(found.ids) * part // processes for part in (rank, rank + 1)]
+    own = found.shards if processes == 1 else found.shards.take(range(*bounds))
+    width = next(iter(found.shards.take([0]))).shape[1]
+    if len(found.ids) * width * 4 <= _IN_MEMORY:
+        return own.load().to(device) if len(own) else torch.zeros(0, width, device=device)
+    return _OnDevice(own, device)
+
+
+class _OnDevice:
+    """Shards, moved one at a time."""
+
+    def __init__(self, shards: Iterable[Tensor], device: torch.device) -> None:
+        self.shards = shards
+        self.device = device
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (shard.to(self.device) for shard in self.shards)

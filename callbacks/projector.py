@@ -46,7 +46,7 @@ def add_states(
     # What an earlier run left here; TensorBoard's writer would complain of it.
     shutil.rmtree(Path(writer.log_dir) / "00000" / tag, ignore_errors=True)
     writer.add_embedding(
-        found.states[rows],
+        found.shards.take(rows.tolist()).load(),
         metadata=metadata,
         metadata_header=["concept", "words", "sample", "token"],
         label_img=torch.from_numpy(images).permute(0, 3, 1, 2) / 255,

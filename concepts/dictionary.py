@@ -50,6 +50,10 @@ class ConceptDictionary(ABC):
     computation is in float32; results are on the device of the features.
     """
 
+    adds_up: ClassVar[bool] = True
+    """Whether processes can fit it together, each on its own rows."""
+    signed: ClassVar[bool] = False
+    """Whether activations may be negative by their meaning."""
     _classes: ClassVar[dict[str, type["ConceptDictionary"]]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -91,7 +95,7 @@ class ConceptDictionary(ABC):
 
         Args:
             Z: features, [N, D], any floating dtype and device; or shards [n, D] of them that can be gone through
-                several times (a list, a `FeatureStore.shards(...)`), of which one at a time is held.
+                several times (a list, a `StateShards`), of which one at a time is held.
             distributed: `Z` holds the rows of this process only. All processes of the default process group call `fit`
                 alike and get the same dictionary, that of all rows in the order of the processes.
 
@@ -181,8 +185,7 @@ class ConceptDictionary(ABC):
         Raises:
             ValueError: as in `transform`.
         """
-        strength, concept = self.transform(Z).abs().max(dim=1)
-        return concept.where(strength > 0, -1)
+        return strongest(self.transform(Z))
 
     def save(self, path: str | os.PathLike[str], metadata: Mapping[str, Any]) -> None:
         """Write the dictionary to one safetensors file.
@@ -272,6 +275,12 @@ class ConceptDictionary(ABC):
 
     def _on(self, device: torch.device) -> dict[str, Tensor]:
         return {name: tensor.to(device) for name, tensor in self._fitted().items()}
+
+
+def strongest(V: Tensor) -> Tensor:
+    """The strongest concept of each sample, argmax_k |v_k|, [N], int64; −1 for a row of V [N, K] that is all zero."""
+    strength, concept = V.abs().max(dim=1)
+    return concept.where(strength > 0, -1)
 
 
 def _explained(error: float, variance: float, squares: float) -> float:

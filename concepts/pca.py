@@ -29,6 +29,8 @@ class PCA(ConceptDictionary):
         n_concepts: number of concepts K, at most the width and one less than the rows.
     """
 
+    signed = True
+
     def __init__(self, n_concepts: int = 20) -> None:
         super().__init__(n_concepts)
 

@@ -135,7 +135,7 @@ def concept_shift(original: Tensor, destination: Tensor, assignment: Tensor, n_c
     Args:
         original: states a_m of the original model, [M, D].
         destination: states b_m of the destination model for the same samples, [M, D].
-        assignment: concept of each sample in the original model, [M], integer.
+        assignment: concept of each sample in the original model, [M], integer; −1 for one that activates none.
         n_concepts: number of concepts K.
 
     Returns:
@@ -143,7 +143,7 @@ def concept_shift(original: Tensor, destination: Tensor, assignment: Tensor, n_c
 
     Raises:
         ValueError: if a matrix is not finite, the shapes do not fit together, there is no sample, or the
-            assignment is not within 0 … K − 1.
+            assignment is not within −1 … K − 1.
     """
     check_at_least(n_concepts, 1, "n_concepts")
     delta = _paired_difference(original, destination)
@@ -184,6 +184,7 @@ def _membership(assignment: Tensor, n_concepts: int, n_samples: int) -> Tensor:
             f"got {assignment.dtype} {list(assignment.shape)}"
         )
     low, high = int(assignment.min()), int(assignment.max())
-    if low < 0 or high >= n_concepts:
-        raise ValueError(f"`assignment` must lie in 0 … {n_concepts - 1}, got values from {low} to {high}")
-    return one_hot(assignment.long(), n_concepts).T
+    if low < -1 or high >= n_concepts:
+        raise ValueError(f"`assignment` must lie in −1 … {n_concepts - 1}, got values from {low} to {high}")
+    # Those of no concept fill the first column, which is dropped.
+    return one_hot(assignment.long() + 1, n_concepts + 1).T[1:]

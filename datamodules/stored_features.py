@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,8 @@ SAMPLE_COLUMNS = pa.schema(
 """One row a sample and variant: the picture, what was asked, and what the model answered."""
 
 Row = dict[str, Any]
+# States that are held at a time where a store is larger than memory.
+_PIECE = 16_384
 
 
 def _write_table(path: Path, table: pa.Table) -> None:
@@ -242,6 +244,15 @@ class FeatureStore:
         Raises:
             ValueError: There are none.
         """
+        ids, shards = self.shards(site, selector, variant)
+        return ids, shards.load()
+
+    def shards(self, site: str, selector: str, variant: str) -> tuple[list[str], StateShards]:
+        """The same as `states`, to be read piece by piece.
+
+        Raises:
+            ValueError: There are none.
+        """
         for name, value, known in (
             ("site", site, self.metadata.get("sites", [])),
             ("selector", selector, self.metadata.get("selectors", [])),
@@ -255,7 +266,8 @@ class FeatureStore:
             raise ValueError(
                 f"{self.folder}: selector {selector!r} matched none of {count} {variant} samples; does the word occur?"
             )
-        return rows["sample_id"].to_pylist(), self._gather(rows, site)
+        places = list(zip(rows["shard"].to_pylist(), rows["row"].to_pylist(), strict=True))
+        return rows["sample_id"].to_pylist(), StateShards(self, site, places)
 
     def tokens(self, selector: str, variant: str) -> list[str]:
         """The token that each state predicts [N], in the order of `states`."""
@@ -273,28 +285,67 @@ class FeatureStore:
         Raises:
             ValueError: The shard is missing or damaged.
         """
-        with self._open(shard) as file:
+        with self.open_shard(shard) as file:
             return {site: file.get_tensor(site) for site in file.keys()}  # noqa: SIM118 - no dictionary
 
     def _rows(self, selector: str, variant: str) -> pa.Table:
         wanted = pc.and_(pc.equal(self._index["selector"], selector), pc.equal(self._index["variant"], variant))
         return self._index.filter(wanted)
 
-    def _open(self, shard: str) -> Any:
+    def open_shard(self, shard: str) -> Any:
+        """One shard, open for reading.
+
+        Raises:
+            ValueError: It is missing or damaged.
+        """
         try:
             return safe_open(self.folder / shard, framework="pt")
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{self.folder / shard}: missing or damaged ({error}); extract again") from error
 
-    def _gather(self, rows: pa.Table, site: str) -> Tensor:
-        shards, positions = rows["shard"].to_pylist(), torch.tensor(rows["row"].to_pylist())
+
+class StateShards:
+    """States [N, D] of a store, read piece by piece as often as they are gone through; one piece is held at a time.
+
+    Args:
+        store: The store.
+        site: Site of the states.
+        places: Shard and row of each state [N].
+    """
+
+    def __init__(self, store: FeatureStore, site: str, places: Sequence[tuple[str, int]]) -> None:
+        self.store = store
+        self.site = site
+        self.places = places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Pieces [n, D], float32, in order."""
+        for start in range(0, len(self.places), _PIECE):
+            yield self._read(self.places[start : start + _PIECE])
+
+    def take(self, rows: Sequence[int]) -> StateShards:
+        """Some of the states, by their number."""
+        return StateShards(self.store, self.site, [self.places[row] for row in rows])
+
+    def load(self) -> Tensor:
+        """All of them [N, D]."""
+        pieces = list(self)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def _read(self, places: Sequence[tuple[str, int]]) -> Tensor:
+        by_shard: dict[str, list[int]] = {}
+        for number, (shard, _) in enumerate(places):
+            by_shard.setdefault(shard, []).append(number)
         out: Tensor | None = None
-        for shard in sorted(set(shards)):
-            here = torch.tensor([name == shard for name in shards]).nonzero().flatten()
-            with self._open(shard) as file:
-                states = file.get_tensor(site)[positions[here]].float()
-            out = torch.empty(len(shards), states.shape[1]) if out is None else out
-            out[here] = states
+        for shard, numbers in by_shard.items():
+            with self.store.open_shard(shard) as file:
+                # Mapped, not read: only the pages of these rows are.
+                states = file.get_tensor(self.site)[[places[number][1] for number in numbers]].float()
+            out = torch.empty(len(places), states.shape[1]) if out is None else out
+            out[numbers] = states
         assert out is not None
         return out
 

@@ -7,7 +7,7 @@ import itertools
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+from conceptshift.callbacks.concept_states import ConceptStates
 from conceptshift.cli.main import main
 from conceptshift.cli.shapes_model import shapes_corpus
 from conceptshift.datamodules.shapes import write_shapes
+from conceptshift.datamodules.stored_features import FeatureShardWriter, FeatureStore, begin_store, merge_store
 from conceptshift.lightning_modules import VisionLanguageModel
 from conceptshift.lightning_modules.backbone.tiny import write_tiny_llava
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import (
     BertConfig,
@@ -255,6 +258,35 @@ def fit(cli: Callable[..., Ran], tiny: Path, shapes: Path) -> Callable[..., Ran]
         )
 
     return run
+
+
+@pytest.fixture
+def stored_states(tmp_path: Path) -> Callable[..., ConceptStates]:
+    """Write states to a feature store, three a shard, and read them back in the order given."""
+
+    def write(Z: Tensor, ids: Sequence[str] | None = None) -> ConceptStates:
+        folder = tmp_path / "stored-states"
+        begin_store(folder, {"sites": ["s"], "selectors": ["all"], "variants": ["original"]}, False, overwrite=True)
+        writer = FeatureShardWriter(folder, 0, 3)
+        ids = [f"{row:06d}" for row in range(len(Z))] if ids is None else ids
+        for sample_id in dict.fromkeys(ids):
+            rows = [row for row, other in enumerate(ids) if other == sample_id]
+            of_sample = {"sample_id": sample_id, "variant": "original"}
+            sample = {
+                **of_sample,
+                "image": f"{sample_id}.jpg",
+                "prompt": "",
+                "text": "x",
+                "references": [],
+                "answers": [],
+            }
+            states = [{**of_sample, "selector": "all", "position": row, "token": "t"} for row in rows]
+            writer.add([sample], states, {"s": Z[rows]})
+        writer.flush()
+        merge_store(folder)
+        return ConceptStates.read(FeatureStore(folder), "s", "all", "original")
+
+    return write
 
 
 def _word_tokenizer(first: str, last: str, length: int) -> PreTrainedTokenizerFast:

@@ -26,6 +26,7 @@ from conceptshift.datamodules.stored_features import (
 from PIL import Image
 
 Run = Callable[..., Any]
+Stored = Callable[..., ConceptStates]
 STAR = "token_of_interest:star"
 
 
@@ -131,17 +132,12 @@ def test_held_out_samples_take_no_part(predict: Run, tmp_path: Path) -> None:
 # --- the summary ----------------------------------------------------------------------------------------
 
 
-def states_of(Z: torch.Tensor) -> ConceptStates:
-    ids = [f"{row}" for row in range(len(Z))]
-    samples = {sample_id: {"image": f"{sample_id}.jpg", "text": "x"} for sample_id in ids}
-    return ConceptStates(ids, Z, ["t"] * len(Z), samples, len(Z), len(Z))
-
-
-def test_states_that_activate_nothing_belong_to_no_concept() -> None:
+def test_states_that_activate_nothing_belong_to_no_concept(stored_states: Stored) -> None:
     generator = torch.Generator().manual_seed(0)
     Z = torch.cat([torch.rand(30, 6, generator=generator) * 20, torch.zeros(5, 6)])
     dictionary = SemiNMF(3).fit(Z)
-    summary = summarise(dictionary, states_of(Z), [["a"], ["b"], ["c"]], images=2)
+    found = stored_states(Z)
+    summary = summarise(dictionary, found, dictionary.transform(found.states), [["a"], ["b"], ["c"]], images=2)
     assert sum(summary["sizes"]) == 30
     assert [len(row) for row in summary["images"]] == [2, 2, 2]
 
@@ -152,14 +148,14 @@ def test_reproducibility_fits_copies_with_other_seeds() -> None:
     clear = torch.cat([centre + torch.randn(20, 4, generator=generator) for centre in centres])
     dictionary = KMeans(4, seed=3).fit(clear)
     before = dictionary.dictionary.clone()
-    found = reproducibility(dictionary, clear, seeds=2)
+    found = reproducibility(dictionary, clear, False, seeds=2)
     assert len(found["stability"]) == 4
     assert found["mean_stability"] == pytest.approx(1, abs=1e-4)
     assert dictionary.seed == 3
     assert torch.equal(dictionary.dictionary, before)
     noise = torch.randn(80, 30, generator=generator)
-    assert reproducibility(KMeans(4).fit(noise), noise, seeds=2)["mean_stability"] < 0.95
-    assert reproducibility(dictionary, clear, seeds=0) == {}
+    assert reproducibility(KMeans(4).fit(noise), noise, False, seeds=2)["mean_stability"] < 0.95
+    assert reproducibility(dictionary, clear, False, seeds=0) == {}
 
 
 # --- TensorBoard ----------------------------------------------------------------------------------------

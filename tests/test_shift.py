@@ -114,10 +114,10 @@ def test_bad_states() -> None:
         concept_shift(a, b[:, :4], assignment, 4)
     with pytest.raises(ValueError, match=r"`destination` must be finite, but 60 of 60"):
         concept_shift(a, b * float("inf"), assignment, 4)
-    with pytest.raises(ValueError, match=r"must lie in 0 … 2, got values from 0 to 3"):
+    with pytest.raises(ValueError, match=r"must lie in −1 … 2, got values from 0 to 3"):
         concept_shift(a, b, assignment, 3)
-    with pytest.raises(ValueError, match=r"got values from -1 to 2"):
-        concept_shift(a, b, assignment - 1, 4)
+    with pytest.raises(ValueError, match=r"got values from -2 to 1"):
+        concept_shift(a, b, assignment - 2, 4)
     with pytest.raises(ValueError, match=r"integer tensor \[60\], .* got torch.float32 \[60\]"):
         concept_shift(a, b, assignment.float(), 4)
     with pytest.raises(ValueError, match=r"integer tensor \[60\], .* got torch.int64 \[59\]"):
@@ -140,3 +140,12 @@ def test_bad_ids() -> None:
         pair_rows([1, 2], ["1"])
     with pytest.raises(ValueError, match=r"none of 0 and 0 is common"):
         pair_rows([], [])
+
+
+def test_samples_of_no_concept_count_nowhere() -> None:
+    original, destination, assignment = states()
+    idle = torch.arange(len(assignment)) % 3 == 0
+    shift = concept_shift(original, destination, torch.where(idle, -1, assignment), n_concepts=5)
+    alone = concept_shift(original[~idle], destination[~idle], assignment[~idle], n_concepts=5)
+    assert torch.equal(shift.counts, alone.counts)
+    torch.testing.assert_close(shift.vectors, alone.vectors)
