@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
+from tqdm import tqdm
 
 from ..concepts import ConceptDictionary, stability, strongest
 from ..datamodules.files import write_json
@@ -236,6 +237,9 @@ class _OnDevice:
     def __init__(self, shards: Iterable[Tensor], device: torch.device) -> None:
         self.shards = shards
         self.device = device
+        self.passes = 0
 
     def __iter__(self) -> Iterator[Tensor]:
-        return (shard.to(self.device) for shard in self.shards)
+        self.passes += 1
+        for shard in tqdm(self.shards, f"pass {self.passes} over the states", leave=False):
+            yield shard.to(self.device)

@@ -1,4 +1,7 @@
-"""Steering: α = 0 changes nothing, only the selected positions change, and nothing outlives its context."""
+"""Steering and ablation.
+
+α = 0 changes nothing, an ablated direction is gone, only the selected positions change, nothing outlives its context.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 from conceptshift.lightning_modules import VisionLanguageModel
-from conceptshift.lightning_modules.backbone import Generation, Role, Selector, Steering
+from conceptshift.lightning_modules.backbone import DirectionalAblation, Generation, Role, Selector, Steering
 from conceptshift.lightning_modules.backbone.prompts import append_answers
 from PIL import Image
 from torch import Tensor
@@ -205,3 +208,182 @@ def test_a_low_precision_model_is_steered_in_its_own(
         steered = model.read(inputs, here).states["lm.block.1"]
     assert steered.dtype == plain.dtype == torch.bfloat16
     assert not torch.equal(steered, plain)
+
+
+# --- directional ablation -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def vectors() -> Tensor:
+    return torch.randn(5, 64, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture(scope="module")
+def mask() -> Tensor:
+    """For each sample its own positions, from the picture to the answer."""
+    return torch.rand(5, 90, generator=torch.Generator().manual_seed(3)) < 0.4
+
+
+def component(states: Tensor, vectors: Tensor) -> Tensor:
+    """f·d̂ [B, T] of states [B, T, D] along vectors [B, D], as a share of ‖f‖."""
+    along = (states.double() * vectors.double()[:, None]).sum(dim=-1) / vectors.double().norm(dim=-1)[:, None]
+    share: Tensor = along / states.double().norm(dim=-1).clamp_min(1e-9)
+    return share
+
+
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("positions", [*POSITIONS, "mask"])
+def test_an_ablated_direction_is_gone_and_nothing_else(
+    shared_backbone: VisionLanguageModel,
+    pictures: list[Image.Image],
+    vectors: Tensor,
+    mask: Tensor,
+    site: str,
+    positions: str,
+) -> None:
+    model = shared_backbone
+    inputs = encoded(model, pictures, range(5), targets=True)
+    here = model.sites([site])
+    plain = model.read(inputs, here)
+    with model.intervene(DirectionalAblation(site, 7 * vectors, mask if positions == "mask" else positions)):
+        ablated = model.read(inputs, here).states[site]
+    roles, states = plain.token_map.roles, plain.states[site]
+    if positions == "mask":
+        # Rows with answers are padded on the right, so that positions are columns.
+        selected = mask[:, : roles.shape[1]] & ((roles == Role.IMAGE) if site == "projector" else (roles != Role.PAD))
+    else:
+        selector = Selector.parse("image" if site == "projector" else positions)
+        selected = selector.mask(plain.token_map, 0, roles.shape[1])
+    assert selected.any()
+    assert (selected != (roles != Role.PAD)).any() == (positions != "all" or site == "projector")
+    assert torch.equal(ablated[~selected], states[~selected])
+    assert float(component(states, vectors)[selected].abs().max()) > 0.05
+    assert float(component(ablated, vectors)[selected].abs().max()) < 1e-5
+    # What is orthogonal to the direction stays: Pythagoras.
+    left = states.norm(dim=-1) * (1 - component(states, vectors).square()).sqrt()
+    torch.testing.assert_close(ablated.norm(dim=-1)[selected].double(), left[selected], rtol=1e-4, atol=1e-4)
+
+
+def test_an_orthogonal_direction_removes_nothing(
+    shared_backbone: VisionLanguageModel, pictures: list[Image.Image], vectors: Tensor
+) -> None:
+    """Neither one that no selected state has, nor the zero vector, nor one already removed."""
+    model, site = shared_backbone, "lm.block.1"
+    inputs = encoded(model, pictures, range(5), targets=True)
+    here = model.sites([site, "lm.norm"])
+    plain = model.read(inputs, here).states
+    f = plain[site][:, 70]
+    orthogonal = vectors - ((vectors * f).sum(dim=1) / f.square().sum(dim=1))[:, None] * f
+    with model.intervene(DirectionalAblation(site, orthogonal, "70")):
+        ablated = model.read(inputs, here).states
+    for name in plain:
+        torch.testing.assert_close(ablated[name], plain[name], rtol=1e-4, atol=1e-4)
+    with model.intervene(DirectionalAblation(site, torch.zeros(64))):
+        assert torch.equal(model.read(inputs, here).states["lm.norm"], plain["lm.norm"])
+    once, twice = (DirectionalAblation(site, vectors),), (DirectionalAblation(site, vectors),) * 2
+    results = []
+    for interventions in (once, twice):
+        with model.intervene(*interventions):
+            results.append(model.read(inputs, here).states["lm.norm"])
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-4)
+
+
+def test_what_was_added_along_a_direction_goes_with_it(
+    shared_backbone: VisionLanguageModel, pictures: list[Image.Image], vector: Tensor
+) -> None:
+    model, site = shared_backbone, "lm.block.1"
+    inputs = encoded(model, pictures, range(3), targets=True)
+    norm = model.sites(["lm.norm"])
+    ablation = DirectionalAblation(site, vector, "text")
+    with model.intervene(ablation):
+        alone = model.read(inputs, norm).states["lm.norm"]
+    with model.intervene(Steering(site, vector, 3.0, "text"), ablation):
+        both = model.read(inputs, norm).states["lm.norm"]
+    torch.testing.assert_close(both, alone, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", [DirectionalAblation, Steering])
+def test_each_sample_has_its_own_vector_and_positions(
+    shared_backbone: VisionLanguageModel,
+    pictures: list[Image.Image],
+    vectors: Tensor,
+    mask: Tensor,
+    kind: type[DirectionalAblation] | type[Steering],
+) -> None:
+    """In one batch as one by one, whatever the padding; and written as read, through the cache."""
+    model, site = shared_backbone, "lm.block.0"
+    inputs = encoded(model, pictures, range(5), targets=False)
+    plain = model.generate(inputs, 5).token_map.answers
+    with model.intervene(kind(site, 4 * vectors, positions=mask)):
+        written = model.generate(inputs, 5, model.sites(["lm.norm"]))
+        again = append_answers(inputs, written.token_map.answers, model.tokenizer.pad_token_id)
+        read = model.read(again, model.sites(["lm.norm"]))
+    assert written.token_map.answers != plain, "the intervention is too weak for the test"
+    for name in ("prompt", "answer"):
+        first, second = (of.select(Selector.parse(name), model.vocabulary) for of in (written, read))
+        torch.testing.assert_close(first.states["lm.norm"], second.states["lm.norm"], rtol=1e-3, atol=1e-3)
+    for row in range(5):
+        with model.intervene(kind(site, 4 * vectors[row], positions=mask[row : row + 1])):
+            alone = model.generate(encoded(model, pictures, [row], targets=False), 5)
+        assert alone.token_map.answers[0] == written.token_map.answers[row]
+
+
+def test_a_mask_counts_without_padding(
+    shared_backbone: VisionLanguageModel, pictures: list[Image.Image], vectors: Tensor
+) -> None:
+    """One position of each sample, among them generated ones, in prompts that are padded on the left."""
+    model = shared_backbone
+    inputs = encoded(model, pictures, range(5), targets=False)
+    lengths = inputs["attention_mask"].sum(dim=1)
+    assert len(set(lengths.tolist())) > 2
+    mask = torch.zeros(5, int(lengths.max()) + 2, dtype=torch.bool)
+    mask[torch.arange(5), lengths + torch.tensor([-1, 0, -3, 1, -70])] = True
+    here = model.sites(["lm.norm"])
+    with model.intervene(DirectionalAblation("lm.norm", vectors, mask)):
+        ablated = model.generate(inputs, 5, here)
+    gone = component(ablated.states["lm.norm"], vectors).abs() < 1e-6
+    is_there = ablated.token_map.roles[:, : gone.shape[1]] != Role.PAD
+    positions = torch.arange(gone.shape[1]) - ablated.token_map.first_column[:, None]
+    for row in range(5):
+        expected = mask[row].nonzero().flatten().tolist()
+        assert positions[row][gone[row] & is_there[row]].tolist() == expected
+
+
+def test_a_low_precision_model_is_ablated_in_its_own(
+    shared_backbone: VisionLanguageModel, pictures: list[Image.Image], vector: Tensor
+) -> None:
+    model = VisionLanguageModel.load(shared_backbone.source, dtype="bfloat16")
+    inputs = encoded(model, pictures, range(3), targets=True)
+    here = model.sites(["lm.block.1"])
+    with model.intervene(DirectionalAblation("lm.block.1", vector)):
+        ablated = model.read(inputs, here)
+    states = ablated.states["lm.block.1"]
+    assert states.dtype == torch.bfloat16
+    left = component(states, vector.expand(3, 64))[ablated.token_map.roles != Role.PAD]
+    assert float(left.abs().max()) < 4e-3  # rounding to 8 bits
+
+
+@pytest.mark.parametrize(
+    ("vector", "positions", "message"),
+    [
+        (torch.ones(3, 64), "all", "ablation with 3 vectors for a batch of 2 samples"),
+        (torch.ones(64), torch.ones(1, 80, dtype=torch.bool), "ablation with 1 masks of positions for a batch of 2"),
+        (torch.ones(2, 63), "all", r"ablation vector of width 63 at 'lm\.block\.1', where states have width 64"),
+        (torch.ones(64), "token_of_interest:dog", "known only after generation; give a role, a range, or a mask"),
+    ],
+)
+def test_what_does_not_fit_the_batch(
+    shared_backbone: VisionLanguageModel,
+    pictures: list[Image.Image],
+    vector: Tensor,
+    positions: str | Tensor,
+    message: str,
+) -> None:
+    model = shared_backbone
+    before = hooks(model)
+    with (
+        pytest.raises(ValueError, match=message),
+        model.intervene(DirectionalAblation("lm.block.1", vector, positions)),
+    ):
+        model.read(encoded(model, pictures, range(2), targets=True))
+    assert hooks(model) == before

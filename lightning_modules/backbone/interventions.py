@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 from torch.utils.hooks import RemovableHandle
 
 from .selectors import Selector
@@ -17,21 +19,63 @@ from .sites import Site
 from .token_map import Role, TokenMap
 
 
+class Intervention(ABC):
+    """Changes hidden states along a vector.
+
+    Attributes:
+        kind: What it is called in errors.
+        site: Name of a site of the language model.
+        vector: One vector for all samples [D], or one for each sample of the batch [B, D].
+        positions: The positions to change: a selector, or a boolean mask over each sample's sequence without padding
+            [B, L]. Padding is never changed.
+    """
+
+    kind: ClassVar[str]
+    site: str
+    vector: Tensor
+    positions: str | Tensor
+
+    @abstractmethod
+    def changed(self, states: Tensor, vector: Tensor) -> Tensor:
+        """The states [B, T, D] as they become where they are selected; `vector` is [1, D] or [B, 1, D]."""
+
+
 @dataclass(frozen=True)
-class Steering:
+class Steering(Intervention):
     """Adds a vector to hidden states: f ← f + α s (Representation Shift, arXiv 2501.03012, §4).
 
     Attributes:
-        site: Name of a site of the language model.
-        vector: The steering vector s [D].
         alpha: Strength α; 0 leaves the model exactly as it is.
-        positions: Selector of the positions to change; padding is never changed.
     """
 
+    kind = "steering"
     site: str
     vector: Tensor
     alpha: float = 1.0
-    positions: str = "all"
+    positions: str | Tensor = "all"
+
+    def changed(self, states: Tensor, vector: Tensor) -> Tensor:
+        """Add α s."""
+        return states + self.alpha * vector.to(states)
+
+
+@dataclass(frozen=True)
+class DirectionalAblation(Intervention):
+    """Removes a direction from hidden states: f ← f − (f·d̂) d̂ (directional ablation, arXiv 2406.11717, §2.4).
+
+    The length of the vector does not matter; a zero vector removes nothing.
+    """
+
+    kind = "ablation"
+    site: str
+    vector: Tensor
+    positions: str | Tensor = "all"
+
+    def changed(self, states: Tensor, vector: Tensor) -> Tensor:
+        """Subtract (f·d̂) d̂, in float32: the product of long vectors in half precision would leave much of it."""
+        direction = normalize(vector.to(states.device, torch.float32), dim=-1)
+        full = states.float()
+        return (full - (full * direction).sum(dim=-1, keepdim=True) * direction).to(states.dtype)
 
 
 class RunningPass:
@@ -92,43 +136,78 @@ def attach(site: Site, change: Change) -> RemovableHandle:
 
 
 @contextmanager
-def steering(site: Site, intervention: Steering, current: Callable[[], RunningPass | None]) -> Iterator[None]:
-    """Apply one steering vector within the context.
+def intervening(site: Site, intervention: Intervention, current: Callable[[], RunningPass | None]) -> Iterator[None]:
+    """Apply one intervention within the context.
 
     Args:
         site: The resolved site.
-        intervention: What to add, and where.
+        intervention: What to change, and where.
         current: Gives the running pass.
 
     Raises:
         ValueError: The site is in the vision tower, or the selector needs the finished answer.
     """
     if site.positions == "patches":
-        raise ValueError(f"site {site.name!r}: steering works on sites of the language model (projector, lm.*)")
-    selector = Selector.parse("image" if site.positions == "image" else intervention.positions)
-    if selector.needs_answer:
-        raise ValueError(f"positions {selector.name!r} are known only after generation; steer with a role or a range")
+        raise ValueError(
+            f"site {site.name!r}: {intervention.kind} works on sites of the language model (projector, lm.*)"
+        )
+    mask_of = _selection(site, intervention)
     hook = object()
 
     def change(state: Tensor) -> Tensor:
         running = current()
         if running is None:
-            raise RuntimeError("a steered model must be run through VisionLanguageModel.generate or .read")
+            raise RuntimeError("a model with interventions must be run through VisionLanguageModel.generate or .read")
         start = running.advance(hook, state.shape[1])
-        if intervention.vector.shape[0] != state.shape[2]:
-            raise ValueError(
-                f"steering vector of width {intervention.vector.shape[0]} at {site.name!r}, where states have width "
-                f"{state.shape[2]}; it was made for another model"
-            )
-        step = intervention.alpha * intervention.vector.to(state)
-        mask = selector.mask(running.token_map, start, state.shape[1])
-        return torch.where(mask[:, :, None], state + step, state)
+        _check_shapes(site, intervention, state)
+        mask = mask_of(running.token_map, start, state.shape[1])
+        changed = intervention.changed(state, intervention.vector.unsqueeze(-2))
+        return torch.where(mask[:, :, None], changed, state)
 
     handle = attach(site, change)
     try:
         yield
     finally:
         handle.remove()
+
+
+def _selection(site: Site, intervention: Intervention) -> Callable[[TokenMap, int, int], Tensor]:
+    """What gives the mask [B, length] of the columns from `start` on that an intervention changes."""
+    positions = intervention.positions
+    if isinstance(positions, str):
+        selector = Selector.parse("image" if site.positions == "image" else positions)
+        if selector.needs_answer:
+            raise ValueError(
+                f"positions {positions!r} are known only after generation; give a role, a range, or a mask of positions"
+            )
+        return selector.mask
+
+    def mask(token_map: TokenMap, start: int, length: int) -> Tensor:
+        roles = token_map.window(start, length)
+        allowed = roles == Role.IMAGE if site.positions == "image" else roles != Role.PAD
+        chosen = positions.to(roles.device)
+        indices = torch.arange(start, start + length, device=roles.device) - token_map.first_column[:, None]
+        within = (indices >= 0) & (indices < chosen.shape[1])
+        return allowed & within & chosen.gather(1, indices.clamp(0, chosen.shape[1] - 1))
+
+    return mask
+
+
+def _check_shapes(site: Site, intervention: Intervention, state: Tensor) -> None:
+    samples, _, width = state.shape
+    vector, positions = intervention.vector, intervention.positions
+    if vector.shape[-1] != width:
+        raise ValueError(
+            f"{intervention.kind} vector of width {vector.shape[-1]} at {site.name!r}, where states have width "
+            f"{width}; it was made for another model"
+        )
+    given = [("vectors", vector)] if vector.ndim == 2 else []
+    given += [("masks of positions", positions)] if isinstance(positions, Tensor) else []
+    for name, rows in given:
+        if len(rows) != samples:
+            raise ValueError(
+                f"{intervention.kind} with {len(rows)} {name} for a batch of {samples} samples; give one each"
+            )
 
 
 class Capture:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from .generation import Generation
-from .interventions import Capture, RunningPass, Steering, steering
+from .interventions import Capture, Intervention, RunningPass, intervening
 from .loading import image_token_id, load_pretrained, tensor_hash
 from .patch_grid import PatchGrid, find_patch_grid
 from .prompts import IGNORED, PromptEncoder, prompts_only, with_positions
@@ -219,15 +219,15 @@ class VisionLanguageModel(nn.Module):
         return list(resolve_sites(self.model, patterns, self.source).values())
 
     @contextmanager
-    def intervene(self, *interventions: Steering) -> Iterator[None]:
+    def intervene(self, *interventions: Intervention) -> Iterator[None]:
         """Apply interventions to every pass within the context; they end with it, whatever happens."""
         with ExitStack() as stack:
             for intervention in interventions:
                 found = self.sites([intervention.site])
                 if len(found) != 1:
-                    raise ValueError(f"site {intervention.site!r} matches {len(found)} sites; steer at one of them")
+                    raise ValueError(f"site {intervention.site!r} matches {len(found)} sites; choose one of them")
                 (site,) = found
-                stack.enter_context(steering(site, intervention, lambda: self._pass))
+                stack.enter_context(intervening(site, intervention, lambda: self._pass))
             yield
 
     @torch.inference_mode()
