@@ -4,9 +4,9 @@ from .caption_scorer import CaptionScorer
 from .causal_checker import CausalChecker
 from .dictionary_fitter import DictionaryFitter
 from .feature_writer import FeatureWriter
-from .grounding import GroundingOptions
 from .grounding_scorer import GroundingScorer
 from .model_export import ModelExport
+from .parts.grounding import GroundingOptions
 from .shift_meter import ShiftMeter
 from .steerer import Steerer
 from .steering_vector_maker import StateSet, SteeringVectorMaker

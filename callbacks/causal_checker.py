@@ -21,12 +21,12 @@ from ..datamodules.files import write_json
 from ..datamodules.stored_features import FeatureStore
 from ..lightning_modules import BackboneModule
 from ..lightning_modules.backbone import Selector
-from .causal_report import FEWEST_RANDOM, causal_figure, causal_report
-from .causal_trials import Case, removal_trials
-from .concept_states import ConceptStates
-from .figures import tensorboard
-from .sources import readout_of, store_folder
-from .word_probability import WordProbability
+from .parts.causal_report import FEWEST_RANDOM, causal_figure, causal_report
+from .parts.causal_trials import Case, removal_trials
+from .parts.concept_states import ConceptStates
+from .parts.figures import tensorboard
+from .parts.sources import readout_of, store_folder
+from .parts.word_probability import WordProbability
 
 
 class CausalChecker(Callback):

@@ -21,12 +21,12 @@ from ..datamodules.stored_features import FeatureStore, held_out_ids
 from ..lightning_modules import VisionLanguageModel
 from ..lightning_modules.extraction import Variant
 from ..metrics import concept_overlap
-from .concept_states import ConceptStates
-from .figures import concept_figure, tensorboard
-from .grounding import GroundingOptions, pictures_of, words_of
-from .heat_maps import heat_maps
-from .projector import add_states
-from .sources import model_of, readout_of, store_folder
+from .parts.concept_states import ConceptStates
+from .parts.figures import concept_figure, tensorboard
+from .parts.grounding import GroundingOptions, pictures_of, words_of
+from .parts.heat_maps import heat_maps
+from .parts.projector import add_states
+from .parts.sources import model_of, readout_of, store_folder
 
 _GROUNDING = GroundingOptions()
 # Bytes of states that are kept in memory; more are read again on every pass.

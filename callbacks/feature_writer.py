@@ -21,7 +21,7 @@ from ..datamodules.stored_features import (
     written_ids,
 )
 from ..lightning_modules import Extraction, FeatureExtraction
-from .processes import gather
+from .parts.processes import gather
 
 
 class FeatureWriter(Callback):

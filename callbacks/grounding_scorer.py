@@ -19,12 +19,12 @@ from ..datamodules.stored_features import FeatureStore, Row
 from ..lightning_modules import BackboneModule
 from ..metrics import BertScorer, ClipEncoder, GroundedConcepts, compare, concept_overlap, published_scores
 from ..metrics.concept_scores import CAPTIONS, Columns, score_columns
-from .concept_states import ConceptStates
-from .figures import tensorboard
-from .grounded_methods import WrittenDictionary, grounded, random_words
-from .noise import noise_states
-from .score_table import markdown, notes, plain, score_rows, write_samples
-from .sources import readout_of, store_folder
+from .parts.concept_states import ConceptStates
+from .parts.figures import tensorboard
+from .parts.grounded_methods import WrittenDictionary, grounded, random_words
+from .parts.noise import noise_states
+from .parts.score_table import markdown, notes, plain, score_rows, write_samples
+from .parts.sources import readout_of, store_folder
 
 
 class GroundingScorer(Callback):

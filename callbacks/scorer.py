@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from ..datamodules.files import write_json
 from ..datamodules.sample import Batch
 from ..metrics import RowMetric
-from .processes import gather
+from .parts.processes import gather
 
 
 class Scorer(Callback, ABC):

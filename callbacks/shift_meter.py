@@ -14,10 +14,10 @@ from torch import Tensor
 from ..concepts import ConceptShift, Recovery, concept_shift, load_dictionary, pair_rows, recovery
 from ..datamodules.files import write_json
 from ..datamodules.stored_features import FeatureStore
-from .concept_states import ConceptStates
-from .figures import shift_figure, tensorboard
-from .grounding import GroundingOptions, pictures_of, words_of
-from .sources import readout_of, store_folder
+from .parts.concept_states import ConceptStates
+from .parts.figures import shift_figure, tensorboard
+from .parts.grounding import GroundingOptions, pictures_of, words_of
+from .parts.sources import readout_of, store_folder
 
 # The authors look further for the words of shifted concepts.
 _GROUNDING = GroundingOptions(candidates=200)

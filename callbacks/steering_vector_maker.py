@@ -15,7 +15,7 @@ from ..concepts import coarse_vector, save_steering_vector
 from ..datamodules.stored_features import FeatureStore
 from ..lightning_modules.extraction import Variant
 from ..metrics import normalize_answer
-from .sources import store_folder
+from .parts.sources import store_folder
 
 
 @dataclass

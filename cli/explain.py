@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..callbacks.grounding import GroundingOptions, words_of
-from ..callbacks.heat_maps import concept_overlays
+from ..callbacks.parts.grounding import GroundingOptions, words_of
+from ..callbacks.parts.heat_maps import concept_overlays
 from ..concepts import PCA, ConceptDictionary, load_dictionary
 from ..datamodules.annotations import read_annotations
 from ..datamodules.files import write_json, write_whole

@@ -18,7 +18,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
-from conceptshift.callbacks.concept_states import ConceptStates
+from conceptshift.callbacks.parts.concept_states import ConceptStates
 from conceptshift.cli.main import main
 from conceptshift.cli.shapes_model import shapes_corpus
 from conceptshift.datamodules.shapes import write_shapes

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conceptshift.callbacks import CausalChecker
 from conceptshift.callbacks.causal_checker import choose_cases, read_words
-from conceptshift.callbacks.concept_states import ConceptStates
+from conceptshift.callbacks.parts.concept_states import ConceptStates
 from conceptshift.concepts import load_dictionary
 from conceptshift.concepts.pca import PCA
 from conceptshift.datamodules.stored_features import FeatureStore

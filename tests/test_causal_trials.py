@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from conceptshift.callbacks.causal_trials import Case, Trials, removal_trials
-from conceptshift.callbacks.concept_states import ConceptStates
-from conceptshift.callbacks.word_probability import WordProbability
+from conceptshift.callbacks.parts.causal_trials import Case, Trials, removal_trials
+from conceptshift.callbacks.parts.concept_states import ConceptStates
+from conceptshift.callbacks.parts.word_probability import WordProbability
 from conceptshift.datamodules.images import read_image
 from conceptshift.datamodules.stored_features import FeatureStore
 from conceptshift.lightning_modules import VisionLanguageModel

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conceptshift.callbacks.concept_states import ConceptStates
 from conceptshift.callbacks.dictionary_fitter import reproducibility, summarise
+from conceptshift.callbacks.parts.concept_states import ConceptStates
 from conceptshift.concepts import KMeans, SemiNMF, load_dictionary
 from conceptshift.datamodules.stored_features import (
     FeatureShardWriter,
@@ -166,7 +166,7 @@ def test_the_projector_has_a_row_and_a_picture_for_each_state(
     predict: Run, cli: Run, tmp_path: Path, shapes: Path, pictures: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two dictionaries in one run; states are drawn where there are many, here more than 30."""
-    monkeypatch.setattr("conceptshift.callbacks.projector._STATES", 30)
+    monkeypatch.setattr("conceptshift.callbacks.parts.projector._STATES", 30)
     root = Path(shutil.copytree(shapes, tmp_path / "shapes"))
     assert predict(tmp_path / "store", "--data.limit=9", root=root).status == 0
     if pictures == "gone":

@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conceptshift.callbacks import noise
-from conceptshift.callbacks.score_table import markdown, plain, score_rows
+from conceptshift.callbacks.parts import noise
+from conceptshift.callbacks.parts.score_table import markdown, plain, score_rows
 from conceptshift.concepts import KMeans, load_dictionary
 from conceptshift.datamodules import CaptionDataModule, read_image
 from conceptshift.datamodules.stored_features import FeatureStore, held_out_ids

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conceptshift.callbacks import heat_maps as drawing
-from conceptshift.callbacks.figures import concept_figure
-from conceptshift.callbacks.heat_maps import concept_overlays, heat_maps, overlay
+from conceptshift.callbacks.parts import heat_maps as drawing
+from conceptshift.callbacks.parts.figures import concept_figure
+from conceptshift.callbacks.parts.heat_maps import concept_overlays, heat_maps, overlay
 from conceptshift.datamodules import CAPTION_PROMPT
 from conceptshift.datamodules.shapes import write_shapes
 from conceptshift.lightning_modules import VisionLanguageModel

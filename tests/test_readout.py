@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conceptshift.callbacks.grounding import GroundingOptions, words_of
+from conceptshift.callbacks.parts.grounding import GroundingOptions, words_of
 from conceptshift.concepts import english_lexicon, ground_words
 from conceptshift.lightning_modules import VisionLanguageModel
 from conceptshift.lightning_modules.backbone.norm_form import NormForm

@@ -10,10 +10,10 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from ..datamodules.stored_features import FeatureStore, StateShards
-from ..lightning_modules.backbone import Selector
-from ..lightning_modules.extraction import Variant
-from ..metrics import word_share
+from ...datamodules.stored_features import FeatureStore, StateShards
+from ...lightning_modules.backbone import Selector
+from ...lightning_modules.extraction import Variant
+from ...metrics import word_share
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..concepts import ConceptDictionary, load_dictionary
-from ..datamodules.stored_features import FeatureStore, held_out_ids
-from ..lightning_modules.backbone.readout import Readout
-from ..metrics import GroundedConcepts
+from ...concepts import ConceptDictionary, load_dictionary
+from ...datamodules.stored_features import FeatureStore, held_out_ids
+from ...lightning_modules.backbone.readout import Readout
+from ...metrics import GroundedConcepts
 from .concept_states import ConceptStates
 from .grounding import GroundingOptions, words_of
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..concepts import ground_images, ground_words
-from ..lightning_modules.backbone.readout import Readout
+from ...concepts import ground_images, ground_words
+from ...lightning_modules.backbone.readout import Readout
 
 
 @dataclass(frozen=True)

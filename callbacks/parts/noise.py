@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..datamodules.images import read_image
-from ..datamodules.stored_features import Row
-from ..lightning_modules import VisionLanguageModel
-from ..lightning_modules.backbone import Selector
+from ...datamodules.images import read_image
+from ...datamodules.stored_features import Row
+from ...lightning_modules import VisionLanguageModel
+from ...lightning_modules.backbone import Selector
 
 
 def noise_picture(size: tuple[int, int], sample_id: str, seed: int) -> Image.Image:

@@ -10,8 +10,8 @@ import torch
 from matplotlib.figure import Figure
 from scipy.stats import false_discovery_control
 
-from ..concepts.causal import empirical_p
-from ..metrics import bootstrap_interval
+from ...concepts.causal import empirical_p
+from ...metrics import bootstrap_interval
 from .causal_trials import Case, Trials
 
 # False discovery rate.

@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
 from PIL import Image
 
-from ..datamodules.images import read_image
+from ...datamodules.images import read_image
 
 _THUMBNAIL = 96
 

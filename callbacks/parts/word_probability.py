@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..lightning_modules.backbone.readout import Readout
+from ...lightning_modules.backbone.readout import Readout
 
 
 class WordProbability:

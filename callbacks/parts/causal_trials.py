@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..datamodules.images import read_image
-from ..lightning_modules import VisionLanguageModel
-from ..lightning_modules.backbone import DirectionalAblation, Generation, Selector
+from ...datamodules.images import read_image
+from ...lightning_modules import VisionLanguageModel
+from ...lightning_modules.backbone import DirectionalAblation, Generation, Selector
 from .concept_states import ConceptStates
 from .word_probability import WordProbability
 

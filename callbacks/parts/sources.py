@@ -8,11 +8,11 @@ from typing import Any, cast
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from ..datamodules.replay import StoredFeatures
-from ..datamodules.stored_features import FeatureStore
-from ..lightning_modules import BackboneModule, Replay, VisionLanguageModel
-from ..lightning_modules.backbone.readout import Readout
-from .feature_writer import FeatureWriter
+from ...datamodules.replay import StoredFeatures
+from ...datamodules.stored_features import FeatureStore
+from ...lightning_modules import BackboneModule, Replay, VisionLanguageModel
+from ...lightning_modules.backbone.readout import Readout
+from ..feature_writer import FeatureWriter
 
 
 def store_folder(trainer: L.Trainer, callback: Callback, features: str | None) -> Path:

@@ -13,11 +13,11 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ..datamodules.files import write_whole
-from ..datamodules.images import read_image
-from ..lightning_modules import VisionLanguageModel
-from ..lightning_modules.backbone.heat_map import heat_map, visual_states
-from ..lightning_modules.extraction import Variant
+from ...datamodules.files import write_whole
+from ...datamodules.images import read_image
+from ...lightning_modules import VisionLanguageModel
+from ...lightning_modules.backbone.heat_map import heat_map, visual_states
+from ...lightning_modules.extraction import Variant
 
 _OPACITY = 0.6
 _FOLDER = "heat_maps"
