@@ -19,7 +19,7 @@ COMMANDS = {
     "explain": ("explain", "show which concepts a picture activates, and where in it they are"),
     "shapes": ("shapes", "generate the embedded data set"),
     "shapes-model": ("shapes_model", "write a small untrained model for it"),
-    "report": ("report", "write the HTML report of a run folder again"),
+    "report": ("report", "write the HTML report of a run folder"),
     "sites": ("sites", "list the sites of a model"),
     "demo": ("demo", "run the whole job on the embedded data set and write a report"),
 }

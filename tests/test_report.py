@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 from conceptshift.cli.report import run, write_report
-from conceptshift.cli.report_view import color_parts, duration, fixed
+from conceptshift.cli.report_samples import color_parts
+from conceptshift.cli.report_values import duration, figures, fixed
 from conceptshift.datamodules.shapes import COLORS, KINDS, PLACES, write_shapes
 
 Json = dict[str, Any]
@@ -170,7 +171,8 @@ def test_numbers_of_the_results(folder: Path) -> None:
 
 def test_concepts_by_gain_and_the_empty_one_last(folder: Path) -> None:
     page = Page(write_report(folder))
-    kmeans, semi_nmf = page.text.split("Semi-NMF", maxsplit=1)
+    shifts = page.text[: page.text.index("Dictionaries side by side")]
+    kmeans, semi_nmf = shifts.split("Semi-NMF", maxsplit=1)
     assert re.findall(r"Concept (\d)", kmeans) == ["4", "3", "2", "1", "0", "5"]
     assert re.findall(r"Concept (\d)", semi_nmf) == ["4", "3", "2", "1", "0", "5"]
     empty = kmeans[kmeans.index("Concept 5") :]
@@ -232,7 +234,8 @@ def test_needs_nothing_else_and_runs_nothing(folder: Path) -> None:
     assert not re.search(r"""(src|href|url)\s*[=(]\s*["']?(https?:)?//""", path.read_text(), re.IGNORECASE)
     assert all((image["src"] or "").startswith("data:image/jpeg;base64,") for image in page.all("img"))
     assert all(image["alt"] is not None for image in page.all("img"))
-    assert all((link["href"] or "").removeprefix("#") in page.sections for link in page.all("a"))
+    places = {attributes["id"] for _, attributes in page.elements if "id" in attributes}
+    assert all((link["href"] or "").removeprefix("#") in places for link in page.all("a"))
     assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page.elements}
     assert "default-src 'none'" in path.read_text()
     assert len(page.all("img")) > 12
@@ -285,6 +288,11 @@ def test_results_alone_are_enough(tmp_path: Path) -> None:
     page = Page(write_report(tmp_path))
     assert page.sections == ["scores"]
     assert "CIDEr –" in page.text
+    _write(tmp_path / "results.json", {"concepts": {"kmeans": {"k": 7, "overlap": 0.25, "words": [["red", "sea"]]}}})
+    page = Page(write_report(tmp_path))
+    assert page.sections == ["dictionaries"]
+    assert "Concepts 7" in page.text
+    assert "Concept 0 red sea" in page.text
 
 
 def test_placeholder_for_pictures_that_are_gone(folder: Path, shapes: Path) -> None:
@@ -304,7 +312,7 @@ def test_placeholder_for_pictures_that_are_gone(folder: Path, shapes: Path) -> N
 
 
 def test_unusable_files_are_named(folder: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"nowhere/results\.json: no such file; .*demo"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere: neither results\.json nor concepts/\*/concepts\.json"):
         write_report(folder / "nowhere")
     for text, message in (("{", "malformed JSON"), ("[]", "JSON object, got list"), ('{"vqa": [1]}', "'vqa' must be")):
         (folder / "results.json").write_text(text)
@@ -334,6 +342,9 @@ def test_how_numbers_and_colors_are_written() -> None:
     ]  # fmt: skip
     assert (fixed(0.5, 1, signed=True), fixed(-0.5, 1, signed=True)) == ("+0.5", "−0.5")
     assert [duration(value) for value in (4.21, 200, 3720, None)] == ["4.2 s", "3 min 20 s", "1 h 02 min", "–"]
+    assert [figures(value) for value in (0.014169, -1.2345, 99.96, 123456.7, 0, None)] == [
+        "0.0142", "−1.23", "100.0", "123,457", "0", "–",
+    ]  # fmt: skip
     assert color_parts("A Red-hot tired rose") == [
         ("A ", False), ("Red", True), ("-hot tired ", False), ("rose", True),
     ]  # fmt: skip
