@@ -13,10 +13,11 @@ from .rows import Rows, squared_norms
 from .simple import Prototypes
 from .starts import principal_axes, spread_rows
 
-_STARTS = 8
-_START_ITERATIONS = 20
-_START_ROWS_PER_CONCEPT = 100
-_START_AXES_PER_CONCEPT = 4
+# Within the leading axes of a sample, a run costs next to nothing.
+_STARTS = 32
+_START_ITERATIONS = 100
+_START_ROWS_PER_CONCEPT = 500
+_START_AXES_PER_CONCEPT = 8
 _MAX_ITERATIONS = 300
 # The centres rest when their squared moves sum to less than this share of the mean variance of a coordinate.
 _TOLERANCE = 1e-6

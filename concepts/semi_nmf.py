@@ -42,18 +42,18 @@ _MAX_CODE_SWEEPS = 10_000
 class SemiNMF(ConceptDictionary):
     """Semi-NMF with sparse activations, the dictionary of CoX-LMM (arXiv 2406.08074, section 3).
 
-    Minimises ½‖Z − VU‖²_F + λ‖V‖₁ subject to V ≥ 0 and ‖u_k‖₂ ≤ 1 by alternating exact coordinate descent on V
-    and on the rows of U (Mairal et al., Online dictionary learning, 2010, algorithm 2), from extrapolated dictionaries
-    (Ang and Gillis, Accelerating nonnegative matrix factorization algorithms using extrapolation, 2019). A step that
-    does not lower the objective is taken back, so it never increases. The paper prints the square without the ½ and
-    λ = 1, which is λ = ½ here; its code (scikit-learn's DictionaryLearning) minimises the form above with λ = 1, the
-    default.
+    Minimises ½‖Z − VU‖²_F + λ‖V‖₁ subject to V ≥ 0 and ‖u_k‖₂ ≤ 1 by alternating coordinate descent on V and
+    accelerated projected gradient steps on U, from extrapolated dictionaries (Ang and Gillis, Accelerating nonnegative
+    matrix factorization algorithms using extrapolation, 2019). A step that does not lower the objective is taken back,
+    so it never increases. The problem is not convex: the dictionary is the best of several descents. The paper prints
+    the square without the ½ and λ = 1, which is λ = ½ here; its code (scikit-learn's DictionaryLearning) minimises the
+    form above with λ = 1, the default.
 
     Args:
         n_concepts: number of concepts K.
         l1_weight: λ, in the units of the features; larger is sparser.
         seed: seed of the initial dictionary; the same seed gives the same dictionary.
-        max_iterations: limit of the alternations.
+        max_iterations: limit of the alternations, of those within the leading axes and of those on all features.
         tolerance: stop when an alternation lowers the objective by less than this share of it.
     """
 
@@ -81,13 +81,19 @@ class SemiNMF(ConceptDictionary):
             )
 
     def _fit(self, rows: Rows) -> Fitted:
-        descent = _Descent(rows, self._best_start(rows)[None], self.l1_weight)
+        start, before = self._best_start(rows)
+        descent = _Descent(rows, start[None], self.l1_weight)
         descent.run(self.max_iterations, self.tolerance)
-        history = torch.stack(descent.history)[:, 0].tolist()
+        # The last stage computes in another precision.
+        history = torch.cat([before, torch.stack(descent.history)[:, 0]]).cummin(dim=0).values.tolist()
         return Fitted({"dictionary": descent.U[0].float()}, history, len(history), descent.converged)
 
-    def _best_start(self, rows: Rows) -> Tensor:
-        """The best of several descents on a sample, [K, D]; every process finds the same."""
+    def _best_start(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        """The best of several descents on a sample, the same on every process.
+
+        Returns:
+            The dictionary [K, D], and the objective after each of its iterations where the sample is all rows.
+        """
         K, generator = self.n_concepts, torch.Generator().manual_seed(self.seed)
         sample = rows.sample(_size(_FINAL_ROWS, K), generator)
         axes = principal_axes(sample, _size(_AXES, K), generator)
@@ -99,7 +105,11 @@ class SemiNMF(ConceptDictionary):
         best = short.U[short.E.argsort()[:_FINALISTS]]
         final = _Descent(Rows(within, dtype=within.dtype), best, self.l1_weight)
         final.run(self.max_iterations, self.tolerance)
-        return final.U[final.E.argmin()] @ axes.double()
+        winner = final.E.argmin()
+        # What lies outside the axes, no dictionary within them explains.
+        outside = 0.5 * (rows.squares - float(squared_norms(within).sum()))
+        history = torch.stack(final.history)[:, winner] + outside
+        return final.U[winner] @ axes.double(), history if len(sample) == rows.n else history[:0]
 
     def _encode(self, Z: Tensor, tensors: dict[str, Tensor]) -> Tensor:
         U = tensors["dictionary"]
