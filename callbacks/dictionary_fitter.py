@@ -100,6 +100,8 @@ class DictionaryFitter(Callback):
         found = ConceptStates.read(store, self.site, self.selector, self.variant)
         kept_out = held_out_ids(found.ids, self.held_out)
         fitted = found.of(set(found.ids) - kept_out) if kept_out else found
+        if not fitted.ids:
+            raise ValueError(f"{self.out}: held_out = {self.held_out} keeps out all {len(kept_out)} samples; lower it")
         shared = self.dictionary.adds_up and trainer.world_size > 1
         if trainer.is_global_zero or shared:
             Z = _features(fitted, trainer.global_rank, trainer.world_size if shared else 1, pl_module.device)
@@ -135,6 +137,10 @@ class DictionaryFitter(Callback):
         """The pictures, with heat-maps where these can be drawn; the dictionary is written by then."""
         if backbone is None:
             rank_zero_info(f"{self.out}: no heat-maps, because no model is running")
+            return pictures
+        adapter = fitted.store.metadata.get("adapter_hash")
+        if self.variant == "destination" and adapter != backbone.adapter_hash():
+            rank_zero_warn(f"{self.out}: no heat-maps, because the states are of another adapter than this run's")
             return pictures
         try:
             return heat_maps(
@@ -223,6 +229,8 @@ def reproducibility(
 
 def _features(found: ConceptStates, rank: int, processes: int, device: torch.device) -> Tensor | Iterable[Tensor]:
     """What one of several processes fits on: its block of rows, on its device if they are few enough to stay there."""
+    if device.type == "mps":
+        device = torch.device("cpu")  # sums are in float64, which Apple's GPUs lack
     bounds = [len(found.ids) * part // processes for part in (rank, rank + 1)]
     own = found.shards if processes == 1 else found.shards.take(range(*bounds))
     width = next(iter(found.shards.take([0]))).shape[1]
@@ -241,5 +249,6 @@ class _OnDevice:
 
     def __iter__(self) -> Iterator[Tensor]:
         self.passes += 1
-        for shard in tqdm(self.shards, f"pass {self.passes} over the states", leave=False):
+        # The length of the shards counts states; of the pieces, only that they go on is shown.
+        for shard in tqdm(iter(self.shards), f"pass {self.passes} over the states", leave=False):
             yield shard.to(self.device)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..callbacks.parts.grounding import GroundingOptions, words_of
 from ..callbacks.parts.heat_maps import concept_overlays
-from ..concepts import PCA, ConceptDictionary, load_dictionary
+from ..concepts import ConceptDictionary, load_dictionary
 from ..datamodules.annotations import read_annotations
 from ..datamodules.files import write_json, write_whole
 from ..datamodules.images import BadImageError, read_image
@@ -118,7 +118,7 @@ def _explain(
     strongest = activations.abs().sort(descending=True, stable=True).indices[:concepts].tolist()
     top = [concept for concept in strongest if activations[concept] != 0]
     values = U[top] @ _states(backbone, generation, site, Selector.parse("image")).T
-    signed = isinstance(dictionary, PCA)
+    signed = dictionary.signed
     try:
         overlays = concept_overlays(backbone, picture, values, signed)
     except ValueError as error:

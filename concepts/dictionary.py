@@ -94,8 +94,8 @@ class ConceptDictionary(ABC):
         """Learn U from features.
 
         Args:
-            Z: features, [N, D], any floating dtype and device; or shards [n, D] of them that can be gone through
-                several times (a list, a `StateShards`), of which one at a time is held.
+            Z: features, [N, D], any floating dtype, on a CPU or CUDA device; or shards [n, D] of them that can be gone
+                through several times (a list, a `StateShards`), of which one at a time is held.
             distributed: `Z` holds the rows of this process only. All processes of the default process group call `fit`
                 alike and get the same dictionary, that of all rows in the order of the processes.
 

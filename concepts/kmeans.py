@@ -38,7 +38,8 @@ class KMeans(Prototypes):
         super().__init__(n_concepts, seed)
 
     def _fit(self, rows: Rows) -> Fitted:
-        U, history, converged = _lloyd(rows, self._best_start(rows), _MAX_ITERATIONS)
+        start = rows.agreed(self._best_start(rows).contiguous())
+        U, history, converged = _lloyd(rows, start, _MAX_ITERATIONS)
         return Fitted({"dictionary": U}, history, len(history), converged)
 
     def _best_start(self, rows: Rows) -> Tensor:

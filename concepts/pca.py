@@ -42,6 +42,9 @@ class PCA(ConceptDictionary):
                 f"{rows.width} have: use fewer concepts"
             )
 
+        if self.n_concepts == 1 and not rows.distinct(2):
+            raise ValueError("`Z` must vary, but all its rows are equal: do the samples differ at this site?")
+
     def _fit(self, rows: Rows) -> Fitted:
         mean = rows.mean.float()
         scatter = torch.zeros(rows.width, rows.width, device=rows.device, dtype=torch.float64)

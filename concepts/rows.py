@@ -43,7 +43,13 @@ class Rows:
         self.distributed = distributed
         self.dtype = dtype
         self.lengths: list[int] = []
-        total, self.squares, self.longest = self._scan()
+        error = None
+        try:
+            total, self.squares, self.longest = self._scan()
+        except ValueError as found:
+            error = found
+        self._fail_together(error)
+        self.squares, self.longest = self._over_processes(self.squares, self.longest)
         counts = self._count_by_process()
         self.n = sum(counts)
         self._offset = sum(counts[: dist.get_rank()]) if distributed else 0
@@ -72,13 +78,33 @@ class Rows:
             longest = max(longest, float(norms.max()) if len(shard) else 0.0)
         if not self.lengths:
             raise ValueError("`Z` must hold at least one shard, got none")
-        if self.distributed:
-            both = torch.tensor([squares, 0.0], dtype=torch.float64, device=self.device)
-            most = torch.tensor(longest, dtype=torch.float64, device=self.device)
-            dist.all_reduce(both)
-            dist.all_reduce(most, dist.ReduceOp.MAX)
-            squares, longest = float(both[0]), float(most)
         return total, squares, longest**0.5
+
+    def _fail_together(self, error: ValueError | None) -> None:
+        """Raise on all processes where one of them found bad rows; else the others would wait for it."""
+        errors = [None if error is None else str(error)]
+        if self.distributed:
+            errors *= dist.get_world_size()
+            dist.all_gather_object(errors, None if error is None else str(error))
+        found = [(process, text) for process, text in enumerate(errors) if text is not None]
+        if found:
+            process, text = found[0]
+            raise ValueError(f"process {process}: {text}" if self.distributed else text) from error
+
+    def _over_processes(self, squares: float, longest: float) -> tuple[float, float]:
+        if not self.distributed:
+            return squares, longest
+        total = torch.tensor(squares, dtype=torch.float64, device=self.device)
+        most = torch.tensor(longest, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        return float(total), float(most)
+
+    def agreed(self, part: Tensor) -> Tensor:
+        """The first process's tensor on all, in place: machines may round differently."""
+        if self.distributed:
+            dist.broadcast(part, 0)
+        return part
 
     def _count_by_process(self) -> list[int]:
         if not self.distributed:

@@ -82,6 +82,7 @@ class SemiNMF(ConceptDictionary):
 
     def _fit(self, rows: Rows) -> Fitted:
         start, before = self._best_start(rows)
+        start, before = rows.agreed(start.contiguous()), rows.agreed(before.contiguous())
         descent = _Descent(rows, start[None], self.l1_weight)
         descent.run(self.max_iterations, self.tolerance)
         # The last stage computes in another precision.
@@ -166,8 +167,8 @@ class _Descent:
         # How far a step goes on in the direction of the last, and the most that has proved safe.
         self._momentum = torch.full_like(self.E, 0.5)
         self._limit = torch.ones_like(self.E)
-        # After a step that was taken back comes a plain one, which cannot fail.
-        self._momentum_is_safe = torch.ones_like(self.E, dtype=torch.bool)
+        # The first step and that after one that was taken back are plain: these cannot fail.
+        self._momentum_is_safe = torch.zeros_like(self.E, dtype=torch.bool)
 
     def run(self, max_iterations: int, tolerance: float) -> None:
         """Alternate until an alternation gains less than the tolerance on average, or the limit is reached."""

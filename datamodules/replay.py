@@ -77,11 +77,18 @@ class StoredFeatures(L.LightningDataModule):
 
         Raises:
             TypeError: The module wants pictures.
+            ValueError: There are fewer batches than processes, which Lightning cannot share out.
         """
         assert self._store is not None
         module = None if self.trainer is None else self.trainer.lightning_module
         if hasattr(module, "encode"):
             raise TypeError(f"StoredFeatures has no pictures for {type(module).__name__}; run it with --model Replay")
+        batches = -(-len(self._store.shard_rows()) // self.batch_size)
+        if self.trainer is not None and batches < self.trainer.world_size:
+            raise ValueError(
+                f"{self.folder}: {batches} batches of shards for {self.trainer.world_size} processes; use at most "
+                f"--trainer.devices {batches}"
+            )
         # `batch_size` by keyword: Lightning makes the loader anew under DDP from its keyword arguments.
         return DataLoader(
             _Shards(self._store), batch_size=self.batch_size, num_workers=self.num_workers, collate_fn=list

@@ -29,6 +29,15 @@ for name in ("SemiNMF", "KMeans", "PCA", "Simple"):
     rows = own if rank == 0 else list(own.split(100))
     model = getattr(concepts, name)(n_concepts=6).fit(rows, distributed=True)
     model.save(f"{folder}/{name}-{rank}.safetensors", {})
+if rank == 1:
+    own[3, 2] = float("nan")
+try:
+    concepts.KMeans(n_concepts=6).fit(own, distributed=True)
+except ValueError as error:
+    # Both processes fail: one alone would leave the other waiting.
+    assert "process 1: `Z` must be finite, but 1 of 230 rows" in str(error), error
+else:
+    raise SystemExit("bad rows were accepted")
 dist.destroy_process_group()
 """
 

@@ -7,13 +7,15 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 from conceptshift.cli.main import main
 from conceptshift.concepts import load_dictionary, load_shift, load_steering_vector
+from conceptshift.datamodules import StoredFeatures
 from conceptshift.datamodules.stored_features import FeatureStore
 from conceptshift.lightning_modules import VisionLanguageModel
 from conceptshift.lightning_modules.backbone.readout import Readout
@@ -143,6 +145,14 @@ def test_features_can_be_named(replay: Run, extracted: Path, tmp_path: Path) -> 
     done = replay(extracted / "features", *fitter(tmp_path, features=copy))
     assert done.status == 0, done.err
     same_json(tmp_path / "original-KMeans-3" / "concepts.json", extracted / "live/original-KMeans-3/concepts.json")
+
+
+def test_more_processes_than_shards(extracted: Path) -> None:
+    data = StoredFeatures(str(extracted / "features"), batch_size=100)
+    data.setup("predict")
+    data.trainer = cast(Any, SimpleNamespace(world_size=2, lightning_module=None))
+    with pytest.raises(ValueError, match=r"1 batches of shards for 2 processes; use at most --trainer.devices 1"):
+        data.predict_dataloader()
 
 
 def test_features_of_another_model_are_refused(replay: Run, extracted: Path, tmp_path: Path) -> None:
