@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..concepts import ConceptDictionary
 from ..lightning_modules import VisionLanguageModel
 from ..lightning_modules.extraction import Variant
@@ -88,6 +90,10 @@ class DictionarySource:
             adapter = adapter or self._recorded("adapter", "--adapter")
         dtype = self.features.get("dtype", "auto")
         backbone = VisionLanguageModel.load(model, revision=revision, adapter=adapter, dtype=dtype)
+        # Lightning's true half precision converts the weights; their hash was taken afterwards.
+        converted = {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(str(self.features.get("precision")))
+        if converted is not None:
+            backbone.to(converted)
         self._check("weights_hash", backbone.weights_hash(), model, "--model")
         if adapter is not None:
             self._check("adapter_hash", backbone.adapter_hash(), adapter, "--adapter")

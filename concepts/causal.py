@@ -63,7 +63,7 @@ def random_directions(Z: Tensor, count: int, generator: torch.Generator) -> Tens
     """
     check_whole(count, 1, "count")
     Z = as_rows(Z, "Z")
-    weights = torch.randn(count, len(Z), generator=generator)
+    weights = torch.randn(count, len(Z), generator=generator, dtype=torch.float32)
     # Weights that sum to 0 leave out the mean of the states.
     directions: Tensor = own_directions((weights - weights.mean(dim=1, keepdim=True)).to(Z) @ Z, Z)
     return directions

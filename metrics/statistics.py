@@ -33,16 +33,13 @@ def bootstrap_interval(
     if not 0 < level < 1:
         raise ValueError(f"`level` must lie between 0 and 1, got {level}: 0.95 is customary")
     x = _finite(values, "values")
-    rng = np.random.default_rng(seed)
-    chunk = max(1, _CHUNK // len(x))
-    means = np.concatenate(
-        [
-            x[rng.integers(len(x), size=(min(chunk, resamples - done), len(x)))].mean(axis=1)
-            for done in range(0, resamples, chunk)
-        ]
-    )
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    if len(x) == 1:
+        return float(x[0]), float(x[0])
+    found = stats.bootstrap(
+        (x,), np.mean, n_resamples=resamples, batch=max(1, _CHUNK // len(x)), vectorized=True,
+        confidence_level=level, method="percentile", rng=np.random.default_rng(seed),
+    )  # fmt: skip
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
 def paired_bootstrap_interval(

@@ -15,6 +15,7 @@ import pytest
 import torch
 from conceptshift.callbacks.dictionary_fitter import reproducibility, summarise
 from conceptshift.callbacks.parts.concept_states import ConceptStates
+from conceptshift.callbacks.parts.grounding import pictures_of
 from conceptshift.concepts import KMeans, SemiNMF, load_dictionary
 from conceptshift.datamodules.stored_features import (
     FeatureShardWriter,
@@ -140,6 +141,14 @@ def test_states_that_activate_nothing_belong_to_no_concept(stored_states: Stored
     summary = summarise(dictionary, found, dictionary.transform(found.states), [["a"], ["b"], ["c"]], images=2)
     assert sum(summary["sizes"]) == 30
     assert [len(row) for row in summary["images"]] == [2, 2, 2]
+
+
+def test_a_sample_with_several_states_is_shown_once() -> None:
+    V = torch.tensor([[5.0, 0.0], [-9.0, 1.0], [3.0, 2.0], [0.5, -4.0]])
+    samples = {name: {"image": f"{name}.jpg", "text": name} for name in "ab"}
+    found = pictures_of(V, ["a", "a", "b", "b"], samples, images=2)
+    shown = [[(picture["sample_id"], picture["activation"]) for picture in row] for row in found]
+    assert shown == [[("a", -9.0), ("b", 3.0)], [("b", -4.0), ("a", 1.0)]]
 
 
 def test_reproducibility_fits_copies_with_other_seeds() -> None:

@@ -102,15 +102,21 @@ def pictures_of(
     Returns:
         For each concept, sample id, picture, what the model said, and the activation, strongest first.
     """
+    # Of a sample with several states, the strongest counts: the same picture twice would show nothing more.
+    rows_of: dict[str, list[int]] = {}
+    for row, sample_id in enumerate(ids):
+        rows_of.setdefault(sample_id, []).append(row)
+    strength, sample_ids = V.abs(), list(rows_of)
+    peaks = torch.stack([strength[rows].amax(dim=0) for rows in rows_of.values()])
+    order = ground_images(peaks, min(images, len(sample_ids))).tolist()
     return [
-        [
-            {
-                "sample_id": ids[row],
-                "image": samples[ids[row]]["image"],
-                "text": samples[ids[row]]["text"],
-                "activation": float(V[row, concept]),
-            }
-            for row in rows
-        ]
-        for concept, rows in enumerate(ground_images(V, min(images, len(ids))).tolist())
+        [_picture(samples, ids, V[:, concept], rows_of[sample_ids[sample]]) for sample in chosen]
+        for concept, chosen in enumerate(order)
     ]
+
+
+def _picture(samples: dict[str, dict[str, Any]], ids: list[str], v: Tensor, rows: list[int]) -> dict[str, Any]:
+    """One sample at the strongest of its rows."""
+    row = rows[int(v[rows].abs().argmax())]
+    sample = samples[ids[row]]
+    return {"sample_id": ids[row], "image": sample["image"], "text": sample["text"], "activation": float(v[row])}

@@ -63,11 +63,13 @@ class NormForm:
         probes = torch.cat([size * (1 + torch.randn(4, width, generator=generator)) for size in _PROBE_SIZES])
         probes = probes.to(device, dtype)
         wanted = module(probes)
-        for eps, centered, offset in product(told or _USUAL_EPS, (False, True), (0.0, 1.0)):
-            form = cls(weight, bias, eps, centered, offset)
-            if _same(form(probes), wanted):
-                return form
-        return None
+        forms = [
+            cls(weight, bias, eps, centered, offset)
+            for eps, centered, offset in product(told or _USUAL_EPS, (False, True), (0.0, 1.0))
+        ]
+        # The nearest, not the first that is near enough: in bfloat16, w and 1 + w may be alike for large weights.
+        nearest = min(forms, key=lambda form: _distance(form(probes), wanted))
+        return nearest if _same(nearest(probes), wanted) else None
 
     def to(self, device: torch.device) -> NormForm:
         """The same with its tensors on a device."""
@@ -78,6 +80,10 @@ class NormForm:
 def _vector(module: nn.Module, name: str) -> Tensor | None:
     found: Any = getattr(module, name, None)
     return found.detach() if isinstance(found, Tensor) and found.ndim == 1 else None
+
+
+def _distance(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours.float() - theirs.float()).abs().mean()) if ours.shape == theirs.shape else torch.inf
 
 
 def _same(ours: Tensor, theirs: Tensor) -> bool:
