@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from .parts.causal_report import FEWEST_RANDOM, causal_figure, causal_report
 from .parts.causal_trials import Case, removal_trials
 from .parts.concept_states import ConceptStates
 from .parts.figures import tensorboard
-from .parts.sources import readout_of, store_folder
+from .parts.sources import readout_of, same_destination, store_folder
 from .parts.word_probability import WordProbability
 
 
@@ -103,16 +102,16 @@ class CausalChecker(Callback):
         words = read_words(self.dictionary / "concepts.json", selector)
         store = FeatureStore(store_folder(trainer, self, self.features))
         readout = readout_of(pl_module, store)
-        if variant == "destination" and store.metadata.get("adapter_hash") != backbone.adapter_hash():
+        if not same_destination(store, backbone, variant):
             raise ValueError(
-                f"{self.dictionary}: its states are of another adapter than --model.init_args.adapter "
-                f"{pl_module.adapter}; give the one that it was extracted with"
+                f"{self.dictionary}: its states are of another {variant!r} than --model.init_args.destination has; give "
+                "the one that it was extracted with"
             )
         states = ConceptStates.read(store, site, selector, variant)
         own = own_directions(fitted.dictionary, states.states)
         cases, left_out = choose_cases(fitted, states, words, own, self.samples)
         with (
-            backbone.adapter_disabled() if variant == "original" else nullcontext(),
+            backbone.running_as(variant),
             trainer.precision_plugin.predict_step_context(),
         ):
             trials = removal_trials(

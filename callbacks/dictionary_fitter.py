@@ -19,14 +19,13 @@ from ..concepts import ConceptDictionary, stability, strongest
 from ..datamodules.files import write_json
 from ..datamodules.stored_features import FeatureStore, held_out_ids
 from ..lightning_modules import VisionLanguageModel
-from ..lightning_modules.extraction import Variant
 from ..metrics import concept_overlap
 from .parts.concept_states import ConceptStates
 from .parts.figures import concept_figure, tensorboard
 from .parts.grounding import GroundingOptions, pictures_of, words_of
 from .parts.heat_maps import heat_maps
 from .parts.projector import add_states
-from .parts.sources import model_of, readout_of, store_folder
+from .parts.sources import model_of, readout_of, same_destination, store_folder
 
 _GROUNDING = GroundingOptions()
 # Bytes of states that are kept in memory; more are read again on every pass.
@@ -49,7 +48,7 @@ class DictionaryFitter(Callback):
         out: Folder to write.
         features: The feature store; by default the one that a FeatureWriter listed before this writes, or the one that
             is replayed.
-        variant: `original` or `destination`.
+        variant: `original`, `destination`, or the name of another checkpoint.
         grounding: What the concepts are grounded in.
         held_out: Share of the samples to keep out of the fit, for scores. An id alone decides whether its sample is
             kept out, so that it is in every run.
@@ -64,7 +63,7 @@ class DictionaryFitter(Callback):
         dictionary: ConceptDictionary,
         out: str,
         features: str | None = None,
-        variant: Variant = "original",
+        variant: str = "original",
         grounding: GroundingOptions = _GROUNDING,
         held_out: float = 0.0,
         heat_maps: bool = True,
@@ -138,9 +137,8 @@ class DictionaryFitter(Callback):
         if backbone is None:
             rank_zero_info(f"{self.out}: no heat-maps, because no model is running")
             return pictures
-        adapter = fitted.store.metadata.get("adapter_hash")
-        if self.variant == "destination" and adapter != backbone.adapter_hash():
-            rank_zero_warn(f"{self.out}: no heat-maps, because the states are of another adapter than this run's")
+        if not same_destination(fitted.store, backbone, self.variant):
+            rank_zero_warn(f"{self.out}: no heat-maps, because the states are of another {self.variant} than this run's")
             return pictures
         try:
             return heat_maps(

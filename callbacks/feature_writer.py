@@ -141,7 +141,7 @@ def describe_run(trainer: L.Trainer, module: FeatureExtraction) -> Row:
     return {
         "model_id": module.model_id,
         "revision": module.revision,
-        "adapter": module.adapter,
+        "checkpoints": dict(module.destinations),
         "dtype": module.dtype_name,
         "site_patterns": module.site_patterns,
         "selectors": [selector.name for selector in module.selectors],
@@ -159,5 +159,5 @@ def describe_model(module: FeatureExtraction) -> Row:
     return {
         "sites": [site.name for site in module.sites],
         "weights_hash": module.backbone.weights_hash(),
-        "adapter_hash": module.backbone.adapter_hash(),
+        "checkpoint_hashes": {name: module.backbone.destination_hash(name) for name in module.destinations},
     }

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ..concepts import coarse_vector, save_steering_vector
 from ..datamodules.stored_features import FeatureStore
-from ..lightning_modules.extraction import Variant
 from ..metrics import normalize_answer
 from .parts.sources import store_folder
 
@@ -26,13 +25,13 @@ class StateSet:
         selector: Selector of the states.
         features: The feature store; by default the one that a FeatureWriter listed before writes, or the one that is
             replayed.
-        variant: `original` or `destination`.
+        variant: `original`, `destination`, or the name of another checkpoint.
         answer: Only samples that the model answered with exactly this, after VQA normalisation.
     """
 
     selector: str
     features: str | None = None
-    variant: Variant = "original"
+    variant: str = "original"
     answer: str | None = None
 
     def states(self, store: FeatureStore, site: str) -> Tensor:

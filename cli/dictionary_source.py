@@ -10,7 +10,7 @@ import torch
 
 from ..concepts import ConceptDictionary
 from ..lightning_modules import VisionLanguageModel
-from ..lightning_modules.extraction import Variant
+from ..lightning_modules.backbone.destinations import ORIGINAL
 
 
 @dataclass(frozen=True)
@@ -21,14 +21,14 @@ class DictionarySource:
         path: The dictionary's file, for messages.
         site: Site of the states.
         selector: Selector of the states.
-        variant: `original` or `destination`.
+        variant: `original`, or the name of a destination.
         features: Metadata of the feature store.
     """
 
     path: Path
     site: str
     selector: str
-    variant: Variant
+    variant: str
     features: dict[str, Any]
 
     @classmethod
@@ -70,43 +70,47 @@ class DictionarySource:
             raise ValueError(f"{self.path}: its pictures had a question each; ask about this one with --prompt")
         return prompt
 
-    def load_model(self, model: str | None, revision: str | None, adapter: str | None) -> VisionLanguageModel:
-        """Load the model that the dictionary was learned from, with the adapter for one of the destination.
+    def load_model(self, model: str | None, revision: str | None, destination: str | None) -> VisionLanguageModel:
+        """Load the model that the dictionary was learned from; run it with `running_as(variant)`.
 
         Args:
-            model: Where the recorded model is now, if it has moved.
+            model: Where the recorded original is now, if it has moved.
             revision: The same for its revision.
-            adapter: The same for the adapter.
+            destination: The same for the destination, of a dictionary of one.
 
         Raises:
             ValueError: The metadata name none, it cannot be loaded, or it is another one.
         """
-        if self.variant == "original" and adapter is not None:
-            raise ValueError(f"{self.path}: a dictionary of the original, which has no adapter; leave --adapter out")
+        if self.variant == ORIGINAL and destination is not None:
+            raise ValueError(f"{self.path}: a dictionary of the original; leave --destination out")
         if model is None:
             revision = revision or self.features.get("revision")
-        model = model or self._recorded("model_id", "--model")
-        if self.variant == "destination":
-            adapter = adapter or self._recorded("adapter", "--adapter")
+        model = model or self._recorded(self.features, "model_id", "--model")
         dtype = self.features.get("dtype", "auto")
-        backbone = VisionLanguageModel.load(model, revision=revision, adapter=adapter, dtype=dtype)
+        backbone = VisionLanguageModel.load(model, revision=revision, dtype=dtype)
+        if self.variant != ORIGINAL:
+            checkpoints = self.features.get("checkpoints", {})
+            destination = destination or self._recorded(checkpoints, self.variant, "--destination")
+            backbone.add_destination(destination, self.variant)
         # Lightning's true half precision converts the weights; their hash was taken afterwards.
         converted = {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(str(self.features.get("precision")))
         if converted is not None:
             backbone.to(converted)
-        self._check("weights_hash", backbone.weights_hash(), model, "--model")
-        if adapter is not None:
-            self._check("adapter_hash", backbone.adapter_hash(), adapter, "--adapter")
+        self._check(self.features.get("weights_hash"), backbone.weights_hash(), model, "--model")
+        if destination is not None:
+            hashes = self.features.get("checkpoint_hashes", {})
+            found = backbone.destination_hash(self.variant)
+            self._check(hashes.get(self.variant), found, destination, "--destination")
         return backbone
 
-    def _recorded(self, key: str, flag: str) -> str:
-        value: str | None = self.features.get(key)
+    def _recorded(self, metadata: dict[str, Any], key: str, flag: str) -> str:
+        value: str | None = metadata.get(key)
         if value is None:
             raise ValueError(f"{self.path}: its metadata lack {key!r}; give it with {flag}")
         return value
 
-    def _check(self, key: str, found: str | None, where: str, flag: str) -> None:
-        if self.features.get(key, found) != found:
+    def _check(self, recorded: str | None, found: str | None, where: str, flag: str) -> None:
+        if recorded not in (None, found):
             raise ValueError(
                 f"{self.path}: learned from other weights than those in {where!r}; give the folder of the right ones "
                 f"with {flag}"

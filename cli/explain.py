@@ -33,14 +33,14 @@ def explain(
     selector: str | None = None,
     model: str | None = None,
     revision: str | None = None,
-    adapter: str | None = None,
+    destination: str | None = None,
 ) -> None:
     """Show which concepts of a dictionary one picture activates, and where in the picture they are.
 
     The model is asked about the picture as it was about those that the dictionary was learned from. Its hidden state at
     the dictionary's word (or wherever else states were read) is split into concepts, and the most active ones are
     listed with their words. A figure shows the picture, the answer, the activations, and a heat-map of each of these
-    concepts. Model, adapter and prompt are the dictionary's own; flags are needed only where something has moved or
+    concepts. Model, destination and prompt are the dictionary's own; flags are needed only where something has moved or
     something else is to be asked.
 
     Args:
@@ -53,7 +53,7 @@ def explain(
         selector: Which state to explain, e.g. `answer_mean`. Activations of several states are averaged.
         model: Folder or hub id of the dictionary's model, where it has moved.
         revision: Commit or tag on the hub.
-        adapter: Folder or hub id of the dictionary's adapter, where it has moved.
+        destination: Folder or hub id of the dictionary's destination, where it has moved.
     """
     if concepts < 1:
         raise ValueError(f"--concepts must be at least 1, got {concepts}")
@@ -64,10 +64,11 @@ def explain(
     source = DictionarySource.of(learned, path)
     asked = source.prompt(prompt)
     chosen = Selector.parse(selector or source.selector)
-    backbone = source.load_model(model, revision, adapter)
+    backbone = source.load_model(model, revision, destination)
     if torch.cuda.is_available():
         backbone.to("cuda")
-    explanation = _explain(backbone, learned, source, chosen, picture, asked, concepts)
+    with backbone.running_as(source.variant):
+        explanation = _explain(backbone, learned, source, chosen, picture, asked, concepts)
     print(_as_text(explanation))
     if json is not None:
         origin = {"image": image, "dictionary": str(path), "model_id": backbone.source, "variant": source.variant}

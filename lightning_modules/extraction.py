@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
 from ..datamodules.sample import Batch
-from .backbone import Generation, Rows, Selector, Site
+from .backbone import Generation, Rows, Selector, Site, VisionLanguageModel
+from .backbone.destinations import ORIGINAL, check_checkpoint, name_destinations
 from .base import BackboneModule
-
-Variant = Literal["original", "destination"]
 
 
 @dataclass
@@ -18,12 +16,12 @@ class Extraction:
     """What one model says of a batch, and its states.
 
     Attributes:
-        variant: `original` (adapter off) or `destination` (adapter on).
+        variant: `original`, or the name of a destination.
         texts: One answer a sample.
         rows: States of each selector.
     """
 
-    variant: Variant
+    variant: str
     texts: list[str]
     rows: list[Rows]
 
@@ -31,8 +29,9 @@ class Extraction:
 class FeatureExtraction(BackboneModule):
     """Captures hidden states at sites and positions while the model answers.
 
-    With an adapter, every batch runs twice, adapter off and on, and gives paired states of the original and the
-    destination.
+    With a destination, every batch runs twice and gives paired states of the original and the destination; with the
+    checkpoints of a series, once more for each. There is one load: adapters are switched off and on, and of whole models
+    the weights that differ are exchanged (kept in main memory and copied for every batch; a large `batch_size` pays).
 
     Args:
         model_id: Folder in the Hugging Face layout, or hub id.
@@ -40,12 +39,13 @@ class FeatureExtraction(BackboneModule):
         selectors: Which positions: `token_of_interest:dog`, `token_class:colors`, `answer`, `answer_mean`,
             `last_prompt`, `image`, `text`, `prompt`, `all`, an index, or a range.
         revision: Commit or tag on the hub.
-        adapter: PEFT adapter: the destination.
+        destination: The fine-tuned model, as an adapter or a whole model; or several; or the folder of a series of
+            checkpoints, which ModelExport wrote. One is called `destination`, several by the names of their folders.
         dtype: Precision of the weights: `auto` (as saved), `float32`, `bfloat16` or `float16`.
         attention: Attention implementation: `sdpa`, `eager` or `flash_attention_2`.
         max_new_tokens: Tokens to generate at most.
         answers: `generated`: states while the model answers; `target`: states while it reads the data's own answer.
-        variants: Which models to run; by default both where there is an adapter, else the original.
+        variants: Which models to run; by default the original and every destination.
     """
 
     def __init__(
@@ -54,23 +54,37 @@ class FeatureExtraction(BackboneModule):
         sites: list[str],
         selectors: list[str],
         revision: str | None = None,
-        adapter: str | None = None,
+        destination: str | list[str] | None = None,
         dtype: str = "auto",
         attention: str = "sdpa",
         max_new_tokens: int = 25,
         answers: Literal["generated", "target"] = "generated",
-        variants: list[Variant] | None = None,
+        variants: list[str] | None = None,
     ) -> None:
-        super().__init__(model_id, revision, adapter, dtype, attention, max_new_tokens)
+        super().__init__(model_id, revision, None, dtype, attention, max_new_tokens)
         if not sites or not selectors:
             raise ValueError("--model.init_args.sites and .selectors need at least one entry each")
         self.site_patterns = sites
         self.selectors = [Selector.parse(selector) for selector in selectors]
         self.answers = answers
-        self.variants: list[Variant] = variants or (["original", "destination"] if adapter else ["original"])
-        if "destination" in self.variants and adapter is None:
-            raise ValueError("--model.init_args.variants: a destination needs --model.init_args.adapter")
+        self.destinations = {} if destination is None else name_destinations(destination)
+        for path in self.destinations.values():
+            check_checkpoint(path)
+        self.variants = variants or [ORIGINAL, *self.destinations]
+        for variant in self.variants:
+            if variant not in (ORIGINAL, *self.destinations):
+                raise ValueError(
+                    f"--model.init_args.variants: no {variant!r}; there are {', '.join([ORIGINAL, *self.destinations])}, "
+                    "and --model.init_args.destination names more"
+                )
         self.sites: list[Site] = []
+
+    def load(self) -> VisionLanguageModel:
+        """Load the original, and the destinations beside it."""
+        backbone = super().load()
+        for name, path in self.destinations.items():
+            backbone.add_destination(path, name)
+        return backbone
 
     def configure_model(self) -> None:
         """Load the model and resolve the sites."""
@@ -90,8 +104,8 @@ class FeatureExtraction(BackboneModule):
             return []
         return [self._extract(batch, variant) for variant in self.variants]
 
-    def _extract(self, batch: Batch, variant: Variant) -> Extraction:
-        with self.backbone.adapter_disabled() if variant == "original" else nullcontext():
+    def _extract(self, batch: Batch, variant: str) -> Extraction:
+        with self.backbone.running_as(variant):
             generation = self._run(batch)
         rows = [generation.select(selector, self.backbone.vocabulary) for selector in self.selectors]
         for selected in rows:
@@ -104,7 +118,7 @@ class FeatureExtraction(BackboneModule):
         return self.backbone.generate(batch.inputs, self.max_new_tokens, self.sites)
 
 
-def _check_finite(rows: Rows, batch: Batch, variant: Variant) -> None:
+def _check_finite(rows: Rows, batch: Batch, variant: str) -> None:
     for site, states in rows.states.items():
         bad = (~states.isfinite().all(dim=1)).nonzero().flatten().tolist()
         if bad:

@@ -161,7 +161,7 @@ def test_a_pair_of_models(checked: Run, tmp_path: Path, tiny: Path) -> None:
                 parameter.normal_(std=0.3)
     model.save(tmp_path / "adapter")
     for variant in ("original", "destination"):
-        done = checked(f"--model.adapter={tmp_path / 'adapter'}", fitter={"variant": variant})
+        done = checked(f"--model.destination={tmp_path / 'adapter'}", fitter={"variant": variant})
         assert done.status == 0, done.err
         found = causal(tmp_path)
         assert found["variant"] == variant

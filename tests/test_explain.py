@@ -109,7 +109,7 @@ def test_activations_are_those_of_predict(
 
 
 def test_a_dictionary_of_the_destination(cli: Run, fitted: Run, adapter: Path, tmp_path: Path) -> None:
-    folder = fitted(f"--model.adapter={adapter}", variant="destination")
+    folder = fitted(f"--model.destination={adapter}", variant="destination")
     sample_id, image, answer = picture_of(folder, "destination")
     options = ("--image", image, "--dictionary", folder, "--json", "numbers.json")
     assert cli("explain", *options).status == 0
@@ -121,18 +121,18 @@ def test_a_dictionary_of_the_destination(cli: Run, fitted: Run, adapter: Path, t
     assert numbers["answer"] == answer
     moved = adapter.rename(tmp_path / "moved")
     assert "does not fit" in cli("explain", *options).error
-    assert cli("explain", *options, "--adapter", moved).status == 0
+    assert cli("explain", *options, "--destination", moved).status == 0
 
 
 def test_another_adapter_is_refused(cli: Run, fitted: Run, adapter: Path, tiny: Path, tmp_path: Path) -> None:
-    folder = fitted(f"--model.adapter={adapter}", variant="destination")
+    folder = fitted(f"--model.destination={adapter}", variant="destination")
     model = VisionLanguageModel.load(str(tiny))
     model.add_lora(LoraConfig(r=4, task_type="CAUSAL_LM"))
     model.save(tmp_path / "other")
     _, image, _ = picture_of(folder)
-    error = cli("explain", "--image", image, "--dictionary", folder, "--adapter", tmp_path / "other").error
+    error = cli("explain", "--image", image, "--dictionary", folder, "--destination", tmp_path / "other").error
     assert f"learned from other weights than those in '{tmp_path / 'other'}'" in error
-    assert "--adapter" in error
+    assert "--destination" in error
 
 
 def test_the_precision_of_the_weights_is_remembered(cli: Run, fitted: Run) -> None:
@@ -246,7 +246,7 @@ def test_another_model(cli: Run, fitted: Run, make_model: Run, tmp_path: Path) -
     assert f"learned from other weights than those in '{other}'" in error
     assert "--model" in error
     assert "no image-text-to-text model" in cli(*options, "--model", tmp_path / "none").error
-    assert "leave --adapter out" in cli(*options, "--adapter", tmp_path / "none").error
+    assert "leave --destination out" in cli(*options, "--destination", tmp_path / "none").error
     assert "--concepts must be at least 1, got 0" in cli(*options, "--concepts", 0).error
 
 
@@ -267,8 +267,8 @@ def test_metadata_that_do_not_suffice(cli: Run, fitted: Run, make_model: Run, tm
     features = {key: value for key, value in whole["features"].items() if key != "model_id"}
     assert "metadata lack 'model_id'; give it with --model" in error({**whole, "features": features})
     assert "ask about this one with --prompt" in error({**whole, "features": {**features, "data": {}}})
-    assert "metadata lack 'adapter'; give it with --adapter" in error(
-        {**whole, "variant": "destination", "features": {**whole["features"], "adapter": None}}
+    assert "metadata lack 'destination'; give it with --destination" in error(
+        {**whole, "variant": "destination", "features": {**whole["features"], "checkpoints": {}}}
     )
     del features["weights_hash"]
     narrow = make_model(text_width=32)

@@ -243,7 +243,7 @@ def test_a_full_disk(predict: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_zero_adapter_shifts_nothing(predict: Run, tmp_path: Path, zero_adapter: Path) -> None:
-    options = [ALL, f"--model.adapter={zero_adapter}", "--data.limit=12", "--data.batch_size=5"]
+    options = [ALL, f"--model.destination={zero_adapter}", "--data.limit=12", "--data.batch_size=5"]
     for variant in ("original", "destination"):
         options += [
             "--trainer.callbacks+=DictionaryFitter",
@@ -274,7 +274,7 @@ def test_a_zero_adapter_shifts_nothing(predict: Run, tmp_path: Path, zero_adapte
 
 
 def test_the_original_is_the_model_without_adapter(predict: Run, tmp_path: Path, adapter: Path) -> None:
-    assert predict(tmp_path / "pair", f"--model.adapter={adapter}", "--data.limit=7").status == 0
+    assert predict(tmp_path / "pair", f"--model.destination={adapter}", "--data.limit=7").status == 0
     assert predict(tmp_path / "plain", "--data.limit=7").status == 0
     (pair_samples, pair), (samples, plain) = contents(tmp_path / "pair"), contents(tmp_path / "plain")
     ids, states = plain["lm.block.1 answer original"]
@@ -286,14 +286,14 @@ def test_the_original_is_the_model_without_adapter(predict: Run, tmp_path: Path,
 
 
 def test_the_destination_alone(predict: Run, tmp_path: Path, adapter: Path) -> None:
-    options = (f"--model.adapter={adapter}", "--data.limit=4")
+    options = (f"--model.destination={adapter}", "--data.limit=4")
     assert predict(tmp_path / "pair", *options).status == 0
     assert predict(tmp_path / "alone", *options, "--model.variants=[destination]").status == 0
     ours, reference = contents(tmp_path / "alone")[1], contents(tmp_path / "pair")[1]
     assert list(ours) == ["lm.block.1 answer destination"]
     assert torch.equal(ours["lm.block.1 answer destination"][1], reference["lm.block.1 answer destination"][1])
     error = predict(tmp_path / "none", "--model.variants=[destination]").error
-    assert "a destination needs --model.init_args.adapter" in error
+    assert "and --model.init_args.destination names more" in error
 
 
 @pytest.mark.parametrize(
@@ -320,14 +320,14 @@ def test_an_adapter_of_another_model_is_refused(
         config = json.loads((adapter / "adapter_config.json").read_text())
         config["target_modules"] = ["transformer.h.0.attn.c_attn"]
         (adapter / "adapter_config.json").write_text(json.dumps(config))
-    error = predict(tmp_path / "store", f"--model.adapter={adapter}", "--data.limit=2").error
+    error = predict(tmp_path / "store", f"--model.destination={adapter}", "--data.limit=2").error
     assert f"adapter '{adapter}' does not fit '{tiny}'" in error
     assert not (tmp_path / "store").exists()
 
 
 def test_a_folder_that_is_no_adapter(predict: Run, tmp_path: Path) -> None:
-    error = predict(tmp_path / "store", f"--model.adapter={tmp_path}").error
-    assert f"adapter '{tmp_path}'" in error
+    error = predict(tmp_path / "store", f"--model.destination={tmp_path}").error
+    assert f"destination '{tmp_path}': neither a PEFT adapter nor a model" in error
     assert not (tmp_path / "store").exists()
 
 

@@ -75,7 +75,7 @@ def extracted(tiny: Path, shapes: Path, tmp_path_factory: pytest.TempPathFactory
     model.save(folder / "adapter")
     assert not main([
         "predict", *QUIET, "--model=FeatureExtraction", f"--model.model_id={tiny}",
-        f"--model.adapter={folder / 'adapter'}", "--model.sites=[lm.block.2,lm.norm]",
+        f"--model.destination={folder / 'adapter'}", "--model.sites=[lm.block.2,lm.norm]",
         "--model.selectors=[answer_mean,answer]", "--model.max_new_tokens=5", "--data=CaptionDataModule",
         f"--data.root={shapes}", "--data.predict_split=train", "--data.limit=20", "--data.batch_size=4",
         "--trainer.callbacks+=FeatureWriter", f"--trainer.callbacks.folder={folder / 'features'}",

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ...datamodules.stored_features import FeatureStore, StateShards
 from ...lightning_modules.backbone import Selector
-from ...lightning_modules.extraction import Variant
 from ...metrics import word_share
 
 
@@ -39,7 +38,7 @@ class ConceptStates:
     confirmed: int
 
     @classmethod
-    def read(cls, store: FeatureStore, site: str, selector: str, variant: Variant) -> ConceptStates:
+    def read(cls, store: FeatureStore, site: str, selector: str, variant: str) -> ConceptStates:
         """Read them from a store.
 
         Of a token of interest, samples with reference captions count only if one of these has the word too (CoX-LMM,

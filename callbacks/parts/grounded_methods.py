@@ -17,6 +17,7 @@ from ...lightning_modules.backbone.readout import Readout
 from ...metrics import GroundedConcepts
 from .concept_states import ConceptStates
 from .grounding import GroundingOptions, words_of
+from .sources import same_model
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,7 @@ class WrittenDictionary:
 
     def _own(self, store: FeatureStore, fitted_on: FeatureStore | None) -> FeatureStore:
         source: Mapping[str, Any] = self.metadata["features"]
-        model = ("weights_hash", "adapter_hash") if self.metadata["variant"] == "destination" else ("weights_hash",)
-        if any(store.metadata.get(name) != source[name] for name in model):
+        if not same_model(store.metadata, source, self.metadata["variant"]):
             raise ValueError(f"{store.folder}: its states are of another model than the dictionary in {self.folder}")
         if fitted_on is None or fitted_on.metadata != source:
             raise ValueError(

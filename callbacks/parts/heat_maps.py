@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from ...datamodules.files import write_whole
 from ...datamodules.images import read_image
 from ...lightning_modules import VisionLanguageModel
 from ...lightning_modules.backbone.heat_map import heat_map, visual_states
-from ...lightning_modules.extraction import Variant
 
 _OPACITY = 0.6
 _FOLDER = "heat_maps"
@@ -31,7 +29,7 @@ def heat_maps(
     samples: dict[str, dict[str, Any]],
     out: Path,
     *,
-    variant: Variant = "original",
+    variant: str = "original",
     signed: bool = False,
     batch_size: int = 16,
 ) -> list[list[dict[str, Any]]]:
@@ -44,7 +42,7 @@ def heat_maps(
         pictures: What `pictures_of` found for each concept.
         samples: Sample id → row of the feature store.
         out: Folder of the dictionary; writes `heat_maps/<concept>-<rank>.jpg` to it, the strongest picture as rank 1.
-        variant: `original` (adapter off) or `destination` (adapter on).
+        variant: `original`, or the name of a destination.
         signed: Whether activations are; see `overlay`.
         batch_size: Pictures at a time.
 
@@ -61,7 +59,7 @@ def heat_maps(
     U = U.float().cpu()
     ids = list(places)
     starts = range(0, len(ids), batch_size)
-    with backbone.adapter_disabled() if variant == "original" else nullcontext():
+    with backbone.running_as(variant):
         for start in tqdm(starts, f"{out}: heat-maps", leave=False, disable=len(starts) < 2):
             batch = ids[start : start + batch_size]
             images = [read_image(Path(samples[sample_id]["image"])) for sample_id in batch]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +61,7 @@ def noise_states(
         pictures = [noise_picture(read_image(Path(row["image"])).size, row["sample_id"], seed) for row in batch]
         encoded = backbone.encode(pictures, [row["prompt"] for row in batch], [row["text"] for row in batch])
         inputs = {name: value.to(backbone.model.device) for name, value in encoded.items()}
-        adapter = backbone.adapter_disabled() if source["variant"] == "original" else nullcontext()
-        with adapter, precision.predict_step_context():
+        with backbone.running_as(source["variant"]), precision.predict_step_context():
             generation = backbone.read(precision.convert_input(inputs), [found])
         parts.append(generation.select(positions, backbone.vocabulary).states[found.name].float().cpu())
     return torch.cat(parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,6 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from ...datamodules.replay import StoredFeatures
 from ...datamodules.stored_features import FeatureStore
 from ...lightning_modules import BackboneModule, Replay, VisionLanguageModel
+from ...lightning_modules.backbone.destinations import ORIGINAL
 from ...lightning_modules.backbone.readout import Readout
 from ..feature_writer import FeatureWriter
 
@@ -45,6 +47,24 @@ def store_folder(trainer: L.Trainer, callback: Callback, features: str | None) -
 def model_of(pl_module: L.LightningModule) -> VisionLanguageModel | None:
     """The running model; nothing under `Replay`, where what needs it is left out."""
     return pl_module.backbone if isinstance(pl_module, BackboneModule) else None
+
+
+def same_model(one: Mapping[str, Any], other: Mapping[str, Any], variant: str) -> bool:
+    """Whether a variant is the same model in two feature stores.
+
+    Args:
+        one: Metadata of one store.
+        other: Metadata of the other.
+        variant: `original`, or the name of a destination.
+    """
+    hashes = [metadata.get("checkpoint_hashes", {}).get(variant) for metadata in (one, other)]
+    return one.get("weights_hash") == other.get("weights_hash") and hashes[0] == hashes[1]
+
+
+def same_destination(store: FeatureStore, backbone: VisionLanguageModel, variant: str) -> bool:
+    """Whether a variant of a store is the running model's of that name; the original always is."""
+    stored = store.metadata.get("checkpoint_hashes", {}).get(variant)
+    return variant == ORIGINAL or bool(stored == backbone.destination_hash(variant))
 
 
 def readout_of(pl_module: L.LightningModule, store: FeatureStore) -> Readout:

@@ -15,7 +15,9 @@ from peft.utils import load_peft_weights
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from transformers import AutoConfig
 
+from .destinations import DESTINATION, ORIGINAL, changed_weights, exchanged, is_adapter
 from .generation import Generation
 from .interventions import Capture, Intervention, RunningPass, intervening
 from .loading import image_token_id, load_pretrained, tensor_hash
@@ -46,6 +48,7 @@ class VisionLanguageModel(nn.Module):
         # PEFT injects its layers into `model` in place; the handle only switches and saves them. It is kept out
         # of the module tree, where every parameter would be registered twice.
         self._peft: list[PeftModel] = []
+        self._changed: dict[str, dict[str, Tensor]] = {}
         self._pass: RunningPass | None = None
 
     @classmethod
@@ -92,24 +95,43 @@ class VisionLanguageModel(nn.Module):
         config.target_modules = config.target_modules or self.language_linears()
         self._peft = [get_peft_model(self.model, config)]
 
-    def load_adapter(self, adapter: str) -> None:
+    def add_destination(self, path: str, name: str = DESTINATION) -> None:
+        """Take a fine-tuned model beside the original, frozen: see `running_as`.
+
+        Args:
+            path: A PEFT adapter, or a whole model of the same structure, of which the tensors that differ are kept.
+            name: What it is called.
+
+        Raises:
+            ValueError: It is missing, or was made for a model of another structure.
+        """
+        if is_adapter(path) or not _is_model(path):
+            self.load_adapter(path, name)
+        else:
+            self._changed[name] = changed_weights(self.model, path, self.model.config._attn_implementation)
+
+    def load_adapter(self, adapter: str, name: str = DESTINATION) -> None:
         """Attach a saved PEFT adapter, frozen.
 
         Raises:
             ValueError: It is missing, or was made for a model of another structure.
         """
         try:
-            self._peft = [PeftModel.from_pretrained(self.model, adapter)]
-            self._check_adapter(adapter)
+            if self._peft:
+                self._peft[0].load_adapter(adapter, name)
+            else:
+                self._peft = [PeftModel.from_pretrained(self.model, adapter, adapter_name=name)]
+            self._check_adapter(adapter, name)
         except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as error:
             first = str(error).strip().splitlines()[0]
             raise ValueError(
                 f"adapter {adapter!r} does not fit {self.source!r} ({first}); give a PEFT folder made from this model"
             ) from error
 
-    def _check_adapter(self, adapter: str) -> None:
+    def _check_adapter(self, adapter: str, name: str) -> None:
         """Refuse what PEFT loads in part, or on another base of the same shape."""
-        odd = set(load_peft_weights(adapter, device="cpu")) ^ set(get_peft_model_state_dict(self._peft[0]))
+        loaded = get_peft_model_state_dict(self._peft[0], adapter_name=name)
+        odd = set(load_peft_weights(adapter, device="cpu")) ^ set(loaded)
         if odd:
             raise ValueError(f"its layers are not this model's, e.g. {sorted(odd)[0]}")
         note = Path(adapter) / _BASE_NOTE
@@ -119,10 +141,31 @@ class VisionLanguageModel(nn.Module):
             raise ValueError("it was trained on other weights")
 
     @contextmanager
-    def adapter_disabled(self) -> Iterator[None]:
-        """Within the context the model computes as if it had no adapter."""
-        with self._peft[0].disable_adapter() if self._peft else nullcontext():
-            yield
+    def running_as(self, variant: str) -> Iterator[None]:
+        """Within the context the model computes as one of those that it was loaded with.
+
+        Args:
+            variant: `original`, or the name of a destination.
+
+        Raises:
+            ValueError: It has no destination of that name.
+        """
+        if variant == ORIGINAL or variant in self._changed:
+            changed = self._changed.get(variant, {})
+            with self._peft[0].disable_adapter() if self._peft else nullcontext(), exchanged(self.model, changed):
+                yield
+            return
+        self._check_variant(variant)
+        self._peft[0].set_adapter(variant)
+        yield
+
+    def _check_variant(self, variant: str) -> None:
+        adapters = list(self._peft[0].peft_config) if self._peft else []
+        if variant not in (known := [ORIGINAL, *adapters, *self._changed]):
+            raise ValueError(
+                f"{self.source}: loaded without {variant!r}, only with {', '.join(known)}; name it with "
+                "--model.init_args.destination"
+            )
 
     def save(self, folder: Path) -> None:
         """Write the adapter in PEFT's layout, or the whole model and processor where there is no adapter."""
@@ -134,11 +177,17 @@ class VisionLanguageModel(nn.Module):
         self.model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
 
-    def adapter_hash(self) -> str | None:
-        """SHA-256 over the adapter's tensors; nothing without an adapter."""
-        if not self._peft:
+    def destination_hash(self, variant: str) -> str | None:
+        """SHA-256 over what a destination has of its own; nothing where there is no such destination.
+
+        Args:
+            variant: Its name.
+        """
+        if variant in self._changed:
+            return tensor_hash({name: value.flatten()[:64] for name, value in self._changed[variant].items()})
+        if not self._peft or variant not in self._peft[0].peft_config:
             return None
-        return tensor_hash({name: value for name, value in self.model.state_dict().items() if "lora_" in name})
+        return tensor_hash(get_peft_model_state_dict(self._peft[0], adapter_name=variant))
 
     def weights_hash(self) -> str:
         """SHA-256 over the first values of every tensor of the model: tells two models apart without reading all."""
@@ -350,6 +399,14 @@ class VisionLanguageModel(nn.Module):
         if ends is None:
             ends = self.tokenizer.eos_token_id
         return set(ends) if isinstance(ends, list) else {ends}
+
+
+def _is_model(path: str) -> bool:
+    try:
+        AutoConfig.from_pretrained(path)
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _until_end(row: list[int], ends: set[int]) -> list[int]:

@@ -1,0 +1,148 @@
+"""Destinations beside the original in one load: adapters that are switched, weights that are exchanged."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .loading import load_pretrained
+
+ORIGINAL, DESTINATION = "original", "destination"
+_STEP = re.compile(r"step-(\d+)$")
+# Folders that say what they hold, not which run they are of.
+_GENERAL_NAMES = ("adapter", "model")
+
+
+def step_of(variant: str) -> int | None:
+    """Training step of a checkpoint of a series (`step-000060`), or nothing."""
+    match = _STEP.fullmatch(variant)
+    return int(match[1]) if match else None
+
+
+def name_destinations(destination: str | Sequence[str]) -> dict[str, str]:
+    """Give each destination a name.
+
+    Args:
+        destination: An adapter or whole model (folder or hub id), several, or the folder of a series, which holds
+            `step-000060`, `step-000120`, …
+
+    Returns:
+        Name → folder or hub id, in order; `destination` for a single one, else the names of the folders.
+
+    Raises:
+        ValueError: There is none, two have the same name, or a series has a gap.
+    """
+    paths = [destination] if isinstance(destination, str) else list(destination)
+    if isinstance(destination, str) and (steps := _steps(Path(destination))):
+        return {path.name: str(path) for path in steps}
+    if len(paths) == 1:
+        return {DESTINATION: paths[0]}
+    named: dict[str, str] = {}
+    for path in paths:
+        parts = [part for part in Path(path).parts if part not in _GENERAL_NAMES]
+        name = (parts or [path])[-1].replace(".", "_")  # PEFT's names have no dots
+        if name in named or name == ORIGINAL:
+            raise ValueError(
+                f"--model.init_args.destination: {path!r} would be called {name!r}, as another is; rename its folder"
+            )
+        named[name] = path
+    if not named:
+        raise ValueError("--model.init_args.destination: an empty list; name a checkpoint, or leave it out")
+    return named
+
+
+def _steps(folder: Path) -> list[Path]:
+    """The checkpoints of a series, in the order of training.
+
+    Raises:
+        ValueError: One is missing between others: the last may come early, where training ended.
+    """
+    found = {step: path for path in folder.glob("step-*") if (step := step_of(path.name)) is not None}
+    steps = sorted(found)
+    if len(steps) > 1:
+        regular = [0, *steps[:-1]]
+        apart = min(after - before for before, after in zip(regular, regular[1:], strict=False))
+        expected = range(apart, steps[-1], apart)
+        if missing := sorted(set(expected) - set(steps)):
+            raise ValueError(
+                f"{folder}: a series every {apart} steps without step-{missing[0]:06d}; export it again, or list its "
+                "checkpoints to take them as they are"
+            )
+    return [found[step] for step in steps]
+
+
+def check_checkpoint(path: str) -> None:
+    """Check that a local checkpoint is there and whole, before anything is loaded.
+
+    Raises:
+        ValueError: It is neither an adapter nor a model.
+    """
+    folder = Path(path)
+    if not folder.exists() and path.count("/") == 1 and not path.startswith((".", "/", "~")):
+        return  # a hub id, which only loading can check
+    is_whole = is_adapter(path) and any(folder.glob("adapter_model.*"))
+    if not is_whole and not ((folder / "config.json").is_file() and any(folder.glob("*.safetensors*"))):
+        state = "no such folder" if not folder.exists() else "neither a PEFT adapter nor a model, or not whole"
+        raise ValueError(f"--model.init_args.destination {path!r}: {state}; give what ModelExport wrote")
+
+
+def is_adapter(path: str) -> bool:
+    """Whether a folder has a PEFT adapter."""
+    return (Path(path) / "adapter_config.json").is_file()
+
+
+def own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers of a model under the names that they have without an adapter."""
+    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {name.replace(".base_layer", ""): value for name, value in named.items() if "lora_" not in name}
+
+
+def changed_weights(model: Any, path: str, attention: str) -> dict[str, Tensor]:
+    """What another model of the same architecture has changed.
+
+    Args:
+        model: The original.
+        path: Folder or hub id of the other.
+        attention: Attention implementation.
+
+    Returns:
+        Name → tensor, on the CPU, of those that differ from the original's.
+
+    Raises:
+        ValueError: It cannot be loaded, or is of another structure.
+    """
+    dtype = str(model.dtype).removeprefix("torch.")
+    other, _ = load_pretrained(path, revision=None, dtype=dtype, attention=attention, random_weights=False)
+    own, theirs = own_tensors(model), own_tensors(other)
+    odd = sorted(set(own) ^ set(theirs)) or sorted(name for name in own if own[name].shape != theirs[name].shape)
+    if odd:
+        raise ValueError(
+            f"destination {path!r}: of another structure than the original (first difference: {odd[0]}); give a model "
+            "that was fine-tuned from --model.init_args.model_id"
+        )
+    return {name: value.data for name, value in theirs.items() if not torch.equal(value, own[name].cpu())}
+
+
+@contextmanager
+def exchanged(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within the context a model has other weights; the original's stay where they are in memory.
+
+    Args:
+        model: The model.
+        weights: Name → tensor, as `changed_weights` finds them, on any device.
+    """
+    own = own_tensors(model)
+    kept = {name: own[name].data for name in weights}
+    try:
+        for name, value in weights.items():
+            own[name].data = value.to(device=kept[name].device, dtype=kept[name].dtype)
+        yield
+    finally:
+        for name, value in kept.items():
+            own[name].data = value
