@@ -138,7 +138,7 @@ class DictionaryFitter(Callback):
             rank_zero_info(f"{self.out}: no heat-maps, because no model is running")
             return pictures
         if not same_destination(fitted.store, backbone, self.variant):
-            rank_zero_warn(f"{self.out}: no heat-maps, because the states are of another {self.variant} than this run's")
+            rank_zero_warn(f"{self.out}: no heat-maps: the states are of another {self.variant} than this run's")
             return pictures
         try:
             return heat_maps(

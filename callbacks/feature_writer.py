@@ -5,16 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import lightning as L
-import torch
-import transformers
 from lightning.pytorch.callbacks import Callback
 
-from .. import __version__
 from ..datamodules.base import PictureDataModule
 from ..datamodules.sample import Batch
 from ..datamodules.stored_features import (
     FeatureShardWriter,
-    Row,
     begin_store,
     drop_last_shard,
     merge_store,
@@ -22,6 +18,8 @@ from ..datamodules.stored_features import (
 )
 from ..lightning_modules import Extraction, FeatureExtraction
 from .parts.processes import gather
+from .parts.run_description import describe_model, describe_run
+from .parts.store_rows import store_rows
 
 
 class FeatureWriter(Callback):
@@ -83,7 +81,7 @@ class FeatureWriter(Callback):
         assert self._writer is not None
         self._skipped += [{"sample_id": item.sample_id, "reason": item.reason} for item in batch.skipped]
         if outputs:
-            self._writer.add(_sample_rows(outputs, batch), _state_rows(outputs, batch), _tensors(outputs))
+            self._writer.add(*store_rows(outputs, batch))
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the rest and merge what all processes have written."""
@@ -94,70 +92,3 @@ class FeatureWriter(Callback):
         if trainer.is_global_zero:
             merge_store(self.folder, skipped)
         trainer.strategy.barrier()
-
-
-def _sample_rows(outputs: list[Extraction], batch: Batch) -> list[Row]:
-    return [
-        {
-            "sample_id": sample.sample_id,
-            "variant": extraction.variant,
-            "image": str(sample.image),
-            "prompt": sample.prompt,
-            "text": text,
-            "references": list(sample.references),
-            "answers": list(sample.answers),
-        }
-        for extraction in outputs
-        for sample, text in zip(batch.samples, extraction.texts, strict=True)
-    ]
-
-
-def _state_rows(outputs: list[Extraction], batch: Batch) -> list[Row]:
-    return [
-        {
-            "sample_id": batch.samples[sample].sample_id,
-            "variant": extraction.variant,
-            "selector": rows.selector,
-            "position": position,
-            "token": token,
-        }
-        for extraction in outputs
-        for rows in extraction.rows
-        for sample, position, token in zip(rows.samples, rows.positions, rows.tokens, strict=True)
-    ]
-
-
-def _tensors(outputs: list[Extraction]) -> dict[str, torch.Tensor]:
-    """Site → states in the order of `_state_rows`."""
-    sites = outputs[0].rows[0].states
-    return {
-        site: torch.cat([rows.states[site] for extraction in outputs for rows in extraction.rows]) for site in sites
-    }
-
-
-def describe_run(trainer: L.Trainer, module: FeatureExtraction) -> Row:
-    """What makes the states what they are, as far as the configuration tells."""
-    data = getattr(trainer, "datamodule", None)
-    return {
-        "model_id": module.model_id,
-        "revision": module.revision,
-        "checkpoints": dict(module.destinations),
-        "dtype": module.dtype_name,
-        "site_patterns": module.site_patterns,
-        "selectors": [selector.name for selector in module.selectors],
-        "variants": list(module.variants),
-        "answers": module.answers,
-        "max_new_tokens": module.max_new_tokens,
-        "precision": str(trainer.precision),
-        "data": data.describe("predict") if isinstance(data, PictureDataModule) else {},
-        "versions": {"conceptshift": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
-    }
-
-
-def describe_model(module: FeatureExtraction) -> Row:
-    """What only the loaded model tells: its sites, and hashes of its weights."""
-    return {
-        "sites": [site.name for site in module.sites],
-        "weights_hash": module.backbone.weights_hash(),
-        "checkpoint_hashes": {name: module.backbone.destination_hash(name) for name in module.destinations},
-    }

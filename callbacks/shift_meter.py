@@ -1,60 +1,69 @@
-"""Measures how concepts shift from the original to the destination, and how well the shift recovers its concepts."""
+"""Measures how concepts shift from the original to a destination, or over a series of checkpoints, and tests it."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
-from torch import Tensor
+from tqdm import tqdm
 
-from ..concepts import ConceptShift, Recovery, concept_shift, load_dictionary, pair_rows, recovery
-from ..datamodules.files import write_json
+from ..concepts import ConceptDictionary, load_dictionary
 from ..datamodules.stored_features import FeatureStore
 from .parts.concept_states import ConceptStates
-from .parts.figures import shift_figure, tensorboard
-from .parts.grounding import GroundingOptions, pictures_of, words_of
-from .parts.sources import readout_of, store_folder
+from .parts.figures import tensorboard
+from .parts.grounding import GroundingOptions
+from .parts.paired_states import PairedStates
+from .parts.shift_measure import Moved, ShiftMeasure, ShiftOptions, learned_again
+from .parts.shift_report import write_shift
+from .parts.sources import readout_of, same_model, store_folder
+from .parts.trajectory import checkpoints_of
 
 # The authors look further for the words of shifted concepts.
-_GROUNDING = GroundingOptions(candidates=200)
+GROUNDING = GroundingOptions(candidates=200)
+OPTIONS = ShiftOptions()
 
 
 class ShiftMeter(Callback):
-    """After `predict` with an adapter, computes concept shift vectors (Representation Shift, arXiv 2501.03012).
+    """After `predict`, computes concept shift vectors and tests them (Representation Shift, arXiv 2501.03012).
 
-    Writes `shift.safetensors` and `shift.json` to `out`, and figures and scalars per concept to TensorBoard. Meant for
-    dictionaries whose concepts are as long as states (KMeans, as in the paper): added to Semi-NMF's concepts, which are
-    no longer than 1, a difference of states outweighs them.
+    Writes `shift.safetensors`, `shift.json` and figures to `out`, of a series of checkpoints `trajectory.json` too, and
+    the same to TensorBoard. Every figure has its interval, and every concept its p-values: against original and
+    destination swapped within samples, states paired at random, and random directions of equal norm.
 
     Args:
         original: Folder in which a DictionaryFitter wrote the original's dictionary.
-        destination: The same for the destination's.
         out: Folder to write.
-        features: Feature store with both variants; by default the one that a FeatureWriter listed before this writes,
-            or the one that is replayed.
-        alpha: How far the original's concepts are shifted: u + α Δ.
+        destination: The same for the destination's; by default its states are learned by the original's method. Of a
+            series it is the last checkpoint's.
+        features: Feature store with the states of both; by default the one that a FeatureWriter listed before this
+            writes, or the one that is replayed.
+        destination_features: Another store with the destination's states, of a model that was extracted on its own.
         grounding: What the concepts are grounded in.
+        options: How the shift is measured and tested.
     """
 
     def __init__(
         self,
         original: str,
-        destination: str,
         out: str,
+        destination: str | None = None,
         features: str | None = None,
-        alpha: float = 1.0,
-        grounding: GroundingOptions = _GROUNDING,
+        destination_features: str | None = None,
+        grounding: GroundingOptions = GROUNDING,
+        options: ShiftOptions = OPTIONS,
     ) -> None:
+        if destination_features is not None and destination is None:
+            raise ValueError("ShiftMeter: `destination_features` needs `destination`, the dictionary of its states")
         self.original = Path(original)
-        self.destination = Path(destination)
         self.out = Path(out)
+        self.destination = None if destination is None else Path(destination)
         self.features = features
-        self.alpha = alpha
+        self.destination_features = destination_features
         self.grounding = grounding
+        self.options = options
 
     @property
     def state_key(self) -> str:
@@ -65,98 +74,58 @@ class ShiftMeter(Callback):
         """Refuse what could not be done at the end."""
         store_folder(trainer, self, self.features)
         self.grounding.check()
+        self.options.check()
 
     @rank_zero_only
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Pair the states, compute shift and recovery, and write."""
-        original = load_dictionary(self.original / "dictionary.safetensors")
-        destination = load_dictionary(self.destination / "dictionary.safetensors")
-        site, selector = original.metadata["site"], original.metadata["selector"]
-        if (destination.metadata["site"], destination.metadata["selector"]) != (site, selector):
-            raise ValueError(
-                f"{self.destination}: its dictionary is of {destination.metadata['site']!r} and "
-                f"{destination.metadata['selector']!r}, the original's of {site!r} and {selector!r}; fit both alike"
-            )
+        """Pair the states, measure, test, and write."""
         store = FeatureStore(store_folder(trainer, self, self.features))
-        a = ConceptStates.read(store, site, selector, "original")
-        b = ConceptStates.read(store, site, selector, "destination")
-        rows_a, rows_b = pair_rows(a.ids, b.ids)
-        A, B = a.states[rows_a], b.states[rows_b]
-        U_a, U_b = original.dictionary, destination.dictionary
-        shift = concept_shift(A, B, original.assign(A), original.n_concepts)
-        U_s = shift.shifted(U_a, self.alpha)
-        readout = readout_of(pl_module, store)
-        words = {
-            name: words_of(readout, U, site, self.grounding)
-            for name, U in (("original", U_a), ("shifted", U_s), ("destination", U_b))
-        }
-        found = recovery(U_a, U_s, U_b, words["original"], words["shifted"], words["destination"], shift.empty)
-        images = self.grounding.images
-        pictures = {
-            "original": pictures_of(original.transform(a.states), a.ids, a.samples, images),
-            "destination": pictures_of(destination.transform(b.states), b.ids, b.samples, images),
-        }
-        summary = {
-            "method": type(original).__name__,
-            "site": site,
-            "selector": selector,
-            "alpha": self.alpha,
-            "pairs": len(rows_a),
-            "unpaired": {"original": len(a.ids) - len(rows_a), "destination": len(b.ids) - len(rows_b)},
-            "grounding": asdict(self.grounding),
-            "empty_concepts": shift.empty.nonzero().flatten().tolist(),
-            **found.means(),
-            "matched_cosine_gain": found.matched_cosine_gain,
-            "consistency": float(shift.consistency[~shift.empty].mean()),
-            "magnitude": float(shift.magnitude[~shift.empty].mean()),
-            "concepts": _rows(shift, found, words, pictures),
-        }
-        shift.save(self.out / "shift.safetensors", {"site": site, "selector": selector, "features": store.metadata})
-        write_json(self.out / "shift.json", summary)
-        self._show(trainer, shift, found)
+        original = _dictionary(self.original, store)
+        site, selector = original.metadata["site"], original.metadata["selector"]
+        device = torch.device("cpu") if pl_module.device.type == "mps" else pl_module.device
+        a = ConceptStates.read(store, site, selector, original.metadata["variant"])
+        checkpoints, destination = self._destinations(store, original)
+        measure = ShiftMeasure(original, readout_of(pl_module, store), self.grounding, self.options)
+        moved: dict[str, Moved] = {}
+        for name, states in tqdm(checkpoints.items(), f"{self.out}: shift", disable=len(checkpoints) < 2, leave=False):
+            moved[name] = measure.move(destination, PairedStates.of(a, states, device))
+        write_shift(self.out, measure, destination, moved, store, tensorboard(trainer))
 
-    def _show(self, trainer: L.Trainer, shift: ConceptShift, found: Recovery) -> None:
-        writer = tensorboard(trainer)
-        if writer is None:
-            return
-        name = f"shift/{self.out.name}"
-        gain = found.recovery_shifted - found.recovery_original
-        figure = shift_figure(shift.magnitude.tolist(), shift.consistency.tolist(), gain.tolist())
-        writer.add_figure(name, figure)
-        per_concept: dict[str, Tensor] = {
-            "magnitude": shift.magnitude,
-            "consistency": shift.consistency,
-            "recovery_shifted": found.recovery_shifted,
-        }
-        for measure, values in per_concept.items():
-            for concept, value in enumerate(values.tolist()):
-                writer.add_scalar(f"{name}/{measure}/concept_{concept:02d}", value, trainer.global_step)
+    def _destinations(
+        self, store: FeatureStore, original: ConceptDictionary
+    ) -> tuple[dict[str, ConceptStates], ConceptDictionary]:
+        """States of each checkpoint, and the dictionary of the last."""
+        site, selector = original.metadata["site"], original.metadata["selector"]
+        if self.destination is None:
+            names = checkpoints_of(store)
+            if not names:
+                raise ValueError(f"{store.folder}: has no destination; extract with --model.init_args.destination")
+            states = {name: ConceptStates.read(store, site, selector, name) for name in names}
+            return states, learned_again(original, states[names[-1]])
+        other = store if self.destination_features is None else FeatureStore(self.destination_features)
+        destination = _dictionary(self.destination, other)
+        found = (destination.metadata["site"], destination.metadata["selector"])
+        if found != (site, selector):
+            raise ValueError(
+                f"{self.destination}: its dictionary is of {found[0]!r} and {found[1]!r}, the original's of {site!r} "
+                f"and {selector!r}; fit both alike"
+            )
+        last = destination.metadata["variant"]
+        names = checkpoints_of(store) if other is store else []
+        series = names[: names.index(last)] if last in names else []
+        return {name: ConceptStates.read(other, site, selector, name) for name in [*series, last]}, destination
 
 
-def _rows(
-    shift: ConceptShift,
-    found: Recovery,
-    words: dict[str, list[list[str]]],
-    pictures: dict[str, list[list[dict[str, Any]]]],
-) -> list[dict[str, Any]]:
-    """What is reported of each concept of the original."""
-    return [
-        {
-            "concept": k,
-            "samples": int(shift.counts[k]),
-            "matched": matched,
-            "words_original": words["original"][k],
-            "words_shifted": words["shifted"][k],
-            "words_destination": words["destination"][matched],
-            "recovery_original": float(found.recovery_original[k]),
-            "recovery_shifted": float(found.recovery_shifted[k]),
-            "cosine_original": float(found.cosine_original[k]),
-            "cosine_shifted": float(found.cosine_shifted[k]),
-            "consistency": float(shift.consistency[k]),
-            "magnitude": float(shift.magnitude[k]),
-            "mean_magnitude": float(shift.mean_magnitude[k]),
-            "images_original": pictures["original"][k],
-            "images_destination": pictures["destination"][matched],
-        }
-        for k, matched in enumerate(found.matching.tolist())
-    ]
+def _dictionary(folder: Path, store: FeatureStore) -> ConceptDictionary:
+    """A dictionary of the states of a store.
+
+    Raises:
+        ValueError: It is missing, or of another model.
+    """
+    found = load_dictionary(folder / "dictionary.safetensors")
+    if not same_model(store.metadata, found.metadata["features"], found.metadata["variant"]):
+        raise ValueError(
+            f"{folder}: its dictionary is of another model than the states in {store.folder}; give the dictionary that "
+            "was fitted on them"
+        )
+    return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -190,6 +190,12 @@ class PictureDataModule(L.LightningDataModule, ABC):
     def predict_dataloader(self) -> DataLoader[Item]:
         """Batches of the predict split, in order, without those in `exclude_ids`."""
         return self._in_order("predict")
+
+    def batches(self, samples: Sequence[Sample], encode: Encoder) -> DataLoader[Item]:
+        """Batches of some samples, in order, without a Trainer."""
+        return DataLoader(
+            _Pictures(list(samples), self.skip_bad_images), batch_size=self.batch_size, collate_fn=_Collate(encode)
+        )
 
     def _in_order(self, stage: str) -> DataLoader[Item]:
         samples = [sample for sample in self.samples(stage) if sample.sample_id not in self.exclude_ids]

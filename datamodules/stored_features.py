@@ -139,6 +139,24 @@ def drop_last_shard(folder: Path) -> set[str]:
     return ids
 
 
+def extend_store(folder: Path, variants: list[str]) -> None:
+    """Let a store have these variants, and drop the shards of all others.
+
+    Every shard must be of one variant.
+
+    Args:
+        folder: The store; merge it afterwards.
+        variants: All that it shall have, in order.
+    """
+    for path in folder.glob("rank-*/*.samples.parquet"):
+        found = set(pq.read_table(path, columns=["variant"])["variant"].to_pylist())
+        if not found <= set(variants):
+            # The list of samples first: without it a shard does not count.
+            for kind in (".samples.parquet", ".states.parquet", ".safetensors"):
+                path.with_name(path.name.replace(".samples.parquet", kind)).unlink()
+    write_json(folder / "metadata.json", {**(_read_json(folder / "metadata.json") or {}), "variants": variants})
+
+
 def begin_store(folder: Path, metadata: Row, resumed: bool, overwrite: bool) -> None:
     """Prepare a folder for writing. A finished store of the same run is written anew.
 
@@ -273,6 +291,11 @@ class FeatureStore:
         """The token that each state predicts [N], in the order of `states`."""
         tokens: list[str] = self._rows(selector, variant)["token"].to_pylist()
         return tokens
+
+    def positions(self, selector: str, variant: str) -> list[int]:
+        """Position of each state in its sample's sequence [N], in the order of `states`."""
+        positions: list[int] = self._rows(selector, variant)["position"].to_pylist()
+        return positions
 
     def shard_rows(self) -> dict[str, int]:
         """Shard → number of states that the index has of it, by name of the shard."""

@@ -30,8 +30,9 @@ class FeatureExtraction(BackboneModule):
     """Captures hidden states at sites and positions while the model answers.
 
     With a destination, every batch runs twice and gives paired states of the original and the destination; with the
-    checkpoints of a series, once more for each. There is one load: adapters are switched off and on, and of whole models
-    the weights that differ are exchanged (kept in main memory and copied for every batch; a large `batch_size` pays).
+    checkpoints of a series, once more for each. There is one load: adapters are switched off and on, and of whole
+    models the weights that differ are exchanged (kept in main memory and copied for every batch, so that large batches
+    pay).
 
     Args:
         model_id: Folder in the Hugging Face layout, or hub id.
@@ -73,9 +74,10 @@ class FeatureExtraction(BackboneModule):
         self.variants = variants or [ORIGINAL, *self.destinations]
         for variant in self.variants:
             if variant not in (ORIGINAL, *self.destinations):
+                known = ", ".join([ORIGINAL, *self.destinations])
                 raise ValueError(
-                    f"--model.init_args.variants: no {variant!r}; there are {', '.join([ORIGINAL, *self.destinations])}, "
-                    "and --model.init_args.destination names more"
+                    f"--model.init_args.variants: no {variant!r}; there are {known}, and --model.init_args.destination "
+                    "names more"
                 )
         self.sites: list[Site] = []
 

@@ -293,7 +293,7 @@ def test_the_destination_alone(predict: Run, tmp_path: Path, adapter: Path) -> N
     assert list(ours) == ["lm.block.1 answer destination"]
     assert torch.equal(ours["lm.block.1 answer destination"][1], reference["lm.block.1 answer destination"][1])
     error = predict(tmp_path / "none", "--model.variants=[destination]").error
-    assert "and --model.init_args.destination names more" in error
+    assert "no 'destination'; there are original, and --model.init_args.destination names more" in error
 
 
 @pytest.mark.parametrize(

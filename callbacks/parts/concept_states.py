@@ -23,6 +23,7 @@ class ConceptStates:
         store: Where they are.
         ids: Sample id of each state [N].
         shards: The states [N, D], to be read piece by piece.
+        positions: Position of each state in its sample's sequence [N].
         tokens: The token that each state predicts [N].
         samples: Sample id → row of the store, of every sample of the variant.
         matched: How many samples the selector matched.
@@ -32,13 +33,14 @@ class ConceptStates:
     store: FeatureStore
     ids: list[str]
     shards: StateShards
+    positions: list[int]
     tokens: list[str]
     samples: dict[str, dict[str, Any]]
     matched: int
     confirmed: int
 
     @classmethod
-    def read(cls, store: FeatureStore, site: str, selector: str, variant: str) -> ConceptStates:
+    def read(cls, store: FeatureStore, site: str, selector: str, variant: str, quiet: bool = False) -> ConceptStates:
         """Read them from a store.
 
         Of a token of interest, samples with reference captions count only if one of these has the word too (CoX-LMM,
@@ -52,15 +54,17 @@ class ConceptStates:
         matched = set(ids)
         confirmed = {sample_id for sample_id in matched if _is_confirmed(samples[sample_id]["references"], selector)}
         left_out = f"; {len(matched - confirmed)} have the word in no reference" if confirmed < matched else ""
-        rank_zero_info(
-            f"{store.folder}: {selector} matched {len(matched)} of {len(samples)} {variant} samples{left_out}"
-        )
+        if not quiet:
+            rank_zero_info(
+                f"{store.folder}: {selector} matched {len(matched)} of {len(samples)} {variant} samples{left_out}"
+            )
         if not confirmed:
             raise ValueError(
                 f"{store.folder}: selector {selector!r} matched {len(matched)} {variant} samples, but none of them has "
                 "the word in a reference caption; choose a word that is in the pictures"
             )
-        found = cls(store, ids, shards, store.tokens(selector, variant), samples, len(matched), len(confirmed))
+        positions, tokens = store.positions(selector, variant), store.tokens(selector, variant)
+        found = cls(store, ids, shards, positions, tokens, samples, len(matched), len(confirmed))
         return found if confirmed == matched else found.of(confirmed)
 
     @cached_property
@@ -75,6 +79,7 @@ class ConceptStates:
             self,
             ids=[self.ids[row] for row in rows],
             shards=self.shards.take(rows),
+            positions=[self.positions[row] for row in rows],
             tokens=[self.tokens[row] for row in rows],
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def _steps(folder: Path) -> list[Path]:
     steps = sorted(found)
     if len(steps) > 1:
         regular = [0, *steps[:-1]]
-        apart = min(after - before for before, after in zip(regular, regular[1:], strict=False))
+        apart = min(after - before for before, after in pairwise(regular))
         expected = range(apart, steps[-1], apart)
         if missing := sorted(set(expected) - set(steps)):
             raise ValueError(

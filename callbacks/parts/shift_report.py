@@ -1,0 +1,198 @@
+"""What is written of a measured shift: `shift.json`, `trajectory.json`, vectors, figures, and TensorBoard's view."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from ...concepts import ConceptDictionary, ShiftSignificance, correlation
+from ...datamodules.files import write_json
+from ...datamodules.stored_features import FeatureStore
+from ...metrics import bootstrap_interval
+from .shift_figures import (
+    project_shifts,
+    recovery_figure,
+    samples_figure,
+    save_figures,
+    trajectory_figure,
+    words_figure,
+)
+from .shift_measure import LEVEL, Moved, ShiftMeasure, ShiftOptions
+from .trajectory import trajectory
+
+_PER_CONCEPT = (
+    "recovery_original", "recovery_shifted", "recovery_gain", "image_recovery_original", "image_recovery_shifted",
+    "cosine_original", "cosine_shifted", "delta_cosine", "delta_cosine_normalised",
+    "l2_original", "l2_shifted", "delta_l2", "delta_l2_normalised",
+)  # fmt: skip
+_OF_SHIFT = ("consistency", "pairwise_cosine", "magnitude", "mean_magnitude")
+# What a concept without a shift has all the same.
+_BEFORE = ("recovery_original", "image_recovery_original", "cosine_original", "l2_original")
+
+
+def write_shift(
+    out: Path,
+    measure: ShiftMeasure,
+    destination: ConceptDictionary,
+    checkpoints: Mapping[str, Moved],
+    store: FeatureStore,
+    writer: Any | None,
+) -> dict[str, Any]:
+    """Test the shift to the last checkpoint, and write it; of several checkpoints their trajectory too.
+
+    Args:
+        out: Folder to write.
+        measure: How shifts are measured.
+        destination: Dictionary of the last checkpoint.
+        checkpoints: Name → the original's concepts shifted to this checkpoint, in the order of training.
+        store: The states.
+        writer: TensorBoard's writer, if any.
+
+    Returns:
+        What `shift.json` holds.
+    """
+    name, moved = list(checkpoints.items())[-1]
+    about = {
+        "method": type(measure.original).__name__,
+        "site": measure.site,
+        "selector": measure.selector,
+        "grounding": asdict(measure.grounding),
+    }
+    summary = {
+        **about,
+        "original": measure.original.metadata["variant"],
+        "destination": name,
+        **summarise(moved, measure.tested(moved), measure.options),
+        "seeds": measure.other_seeds(destination, moved),
+    }
+    figures = {"words": words_figure(summary), "recovery": recovery_figure(summary), "samples": _samples(moved)}
+    summary["figures"] = save_figures(figures, out)
+    moved.shift.save(
+        out / "shift.safetensors",
+        {"site": measure.site, "selector": measure.selector, "destination": name, "features": store.metadata},
+    )
+    write_json(out / "shift.json", summary)
+    if len(checkpoints) > 1:
+        path = {**about, **trajectory(measure, checkpoints)}
+        figures["trajectory"] = trajectory_figure(path)
+        path["figures"] = save_figures({"trajectory": figures["trajectory"]}, out)
+        write_json(out / "trajectory.json", path)
+        if writer is not None:
+            for point in path["points"]:
+                show_point(writer, f"{out.name}/trajectory", point, point["step"])
+    if writer is not None:
+        for figure, drawn in figures.items():
+            writer.add_figure(f"shift/{out.name}/{figure}", drawn)
+    tests, means = summary["tests"]["magnitude"], summary["means"]
+    rank_zero_info(
+        f"{out}: {tests['significant']} of {tests['concepts']} concepts shift; of their words, "
+        f"{means['recovery_original']:.0f} % are those of {name}, {means['recovery_shifted']:.0f} % when shifted"
+    )
+    return summary
+
+
+def show_point(writer: Any, name: str, point: Mapping[str, Any], step: int) -> None:
+    """Show one checkpoint of a trajectory in TensorBoard: a number a concept and measure, and words as text.
+
+    Args:
+        writer: TensorBoard's writer.
+        name: Name of the shift, and what is shown of it.
+        point: What `trajectory` says of the checkpoint, or a part of it.
+        step: Its training step.
+    """
+    for measure, mean in point["means"].items():
+        writer.add_scalar(f"shift/{name}/{measure}", mean, step)
+    for row in point["concepts"]:
+        for measure in point["means"]:
+            if row[measure] is not None:
+                writer.add_scalar(f"shift/{name}/{measure}/concept_{row['concept']:02d}", row[measure], step)
+    words = "\n".join(f"| {row['concept']} | {' '.join(row['words_shifted'])} |" for row in point["concepts"])
+    writer.add_text(f"shift/{name}/words", f"| concept | words |\n|---|---|\n{words}", step)
+
+
+def _samples(moved: Moved) -> Any:
+    """Figure of the shifts of single samples."""
+    delta = moved.pairs.destination - moved.pairs.original
+    points, concepts, arrows, explained = project_shifts(delta, moved.assignment, moved.shift.vectors)
+    return samples_figure(points, concepts, arrows, explained, [" ".join(of[:3]) for of in moved.words.original])
+
+
+def summarise(moved: Moved, significance: ShiftSignificance, options: ShiftOptions) -> dict[str, Any]:
+    """What is reported of a shift; an empty concept has nothing for what depends on a shift.
+
+    Args:
+        moved: What was measured.
+        significance: Intervals and tests, those of words among them.
+        options: How it was measured.
+    """
+    shift, found = moved.shift, moved.found
+    adjusted = significance.adjusted()
+    kept = ~shift.empty
+    gain = found.recovery_gain[kept]
+    of_shift = {name: getattr(shift, name)[kept].tolist() for name in _OF_SHIFT}
+    return {
+        "alpha": options.alpha,
+        "average": options.average,
+        "matching": options.matching,
+        "pairs": len(moved.assignment),
+        "samples": moved.pairs.n_samples,
+        "unpaired": moved.pairs.unpaired,
+        "empty_concepts": shift.empty.nonzero().flatten().tolist(),
+        "level": LEVEL,
+        "permutations": options.permutations,
+        "resamples": options.resamples,
+        "word_draws": options.word_draws,
+        "means": {**found.means(), **{name: sum(values) / len(values) for name, values in of_shift.items()}},
+        "intervals": {
+            **found.intervals(LEVEL),
+            **{name: list(bootstrap_interval(values, LEVEL)) for name, values in of_shift.items()},
+        },
+        "correlations": {name: _correlated(getattr(shift, name)[kept], gain) for name in ("consistency", "magnitude")},
+        "tests": {
+            test: {"significant": int((p[kept] <= 1 - LEVEL).sum()), "concepts": int(kept.sum())}
+            for test, p in adjusted.items()
+        },
+        "concepts": [_row(moved, k, significance.intervals, significance.p, adjusted) for k in range(len(kept))],
+    }
+
+
+def _correlated(x: Tensor, gain: Tensor) -> dict[str, Any] | None:
+    found = correlation(x, gain)
+    return None if found is None else asdict(found)
+
+
+def _row(
+    moved: Moved,
+    k: int,
+    intervals: Mapping[str, Tensor],
+    p: Mapping[str, Tensor],
+    adjusted: Mapping[str, Tensor],
+) -> dict[str, Any]:
+    """What is reported of one concept of the original."""
+    empty = bool(moved.shift.empty[k])
+    matched = int(moved.found.matching[k])
+    values: dict[str, Tensor] = {
+        **{name: getattr(moved.found, name) for name in _PER_CONCEPT},
+        **{name: getattr(moved.shift, name) for name in _OF_SHIFT},
+    }
+    before_shift = ("recovery_original", "image_recovery_original", "cosine_original", "l2_original")
+    return {
+        "concept": k,
+        "samples": int(moved.shift.counts[k]),
+        "matched": matched,
+        "words_original": moved.words.original[k],
+        "words_shifted": [] if empty else moved.words.shifted[k],
+        "words_destination": moved.words.destination[matched],
+        "images_original": moved.pictures.original[k],
+        "images_shifted": [] if empty else moved.pictures.shifted[k],
+        "images_destination": moved.pictures.destination[matched],
+        **{name: None if empty and name not in before_shift else float(value[k]) for name, value in values.items()},
+        "intervals": {} if empty else {name: value[k].tolist() for name, value in intervals.items()},
+        "p": {} if empty else {test: float(value[k]) for test, value in p.items()},
+        "p_adjusted": {} if empty else {test: float(value[k]) for test, value in adjusted.items()},
+    }

@@ -1,0 +1,272 @@
+"""Watches how concepts shift while a model is fine-tuned."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_info
+
+from ..concepts import ConceptDictionary, load_dictionary
+from ..datamodules.base import PictureDataModule
+from ..datamodules.stored_features import FeatureShardWriter, FeatureStore, begin_store, extend_store, merge_store
+from ..lightning_modules import FineTuning
+from ..lightning_modules.backbone.destinations import ORIGINAL, step_of
+from ..lightning_modules.backbone.readout import Readout
+from .parts.concept_states import ConceptStates
+from .parts.figures import picture_grid, tensorboard
+from .parts.grounding import GroundingOptions
+from .parts.paired_states import PairedStates
+from .parts.probe import Probe, Probed
+from .parts.processes import gather
+from .parts.run_description import describe_probe
+from .parts.shift_measure import Moved, ShiftMeasure, ShiftOptions, learned_again
+from .parts.shift_report import show_point, write_shift
+from .parts.sources import same_model
+from .parts.store_rows import store_rows
+from .parts.trajectory import point
+from .shift_meter import GROUNDING, OPTIONS
+
+_SHARD_ROWS = 4096
+
+
+class ShiftMonitor(Callback):
+    """During `fit`, measures again and again how the original's concepts have shifted, and shows it in TensorBoard.
+
+    A frozen probe set is read by the original before training, and by the model every so many steps: its own answers,
+    at one site and selector, in one pass each. The original's dictionary is learned from the first. Each time, the
+    shift of every concept, its consistency, and how well it recovers the concepts that the model has by then go to
+    TensorBoard (`shift/<name>/live/…`), with words and pictures. When training ends, all of it is measured and tested
+    as `ShiftMeter` does, towards the last model: `shift.json`, `trajectory.json` and figures in `out`, which
+    `conceptshift report` shows. The states stay in `out/features`, an ordinary feature store.
+
+    A probe of n samples costs about as much as n / (3 · batch size) steps of full training, or n / (2 · batch size)
+    of LoRA: by default 256 samples every 100 steps, so 3 to 8 % with batches of 32 to 16. What it did cost is in
+    `shift/<name>/live/cost`.
+
+    Args:
+        data: Data whose predict split is probed; what its samples should be answered with is read.
+        site: Site of the states.
+        selector: Selector of the states, in these answers.
+        dictionary: The method, e.g. `conceptshift.concepts.KMeans`; or the folder in which a DictionaryFitter wrote the
+            original's dictionary of this site and selector.
+        out: Folder to write; its name is that in TensorBoard.
+        every_n_steps: Optimizer steps between two probes.
+        samples: Samples to probe, at most: the first ones.
+        grounding: What the concepts are grounded in.
+        options: How the shift is measured and, when training ends, tested.
+    """
+
+    def __init__(
+        self,
+        data: PictureDataModule,
+        site: str,
+        selector: str,
+        dictionary: ConceptDictionary | str,
+        out: str,
+        every_n_steps: int = 100,
+        samples: int = 256,
+        grounding: GroundingOptions = GROUNDING,
+        options: ShiftOptions = OPTIONS,
+    ) -> None:
+        for name, value in (("every_n_steps", every_n_steps), ("samples", samples)):
+            if value < 1:
+                raise ValueError(f"{name} of ShiftMonitor must be at least 1, got {value}")
+        self.data = data
+        self.site = site
+        self.selector = selector
+        self.dictionary = dictionary
+        self.out = Path(out)
+        self.every_n_steps = every_n_steps
+        self.samples = samples
+        self.grounding = grounding
+        self.options = options
+        self._probe: Probe | None = None
+        self._measure: ShiftMeasure | None = None
+        self._last = 0
+        self._started = self._seconds = 0.0
+
+    @property
+    def state_key(self) -> str:
+        """Several sites or words may be watched in one run."""
+        return f"{type(self).__name__}[{self.out}]"
+
+    @property
+    def folder(self) -> Path:
+        """The feature store."""
+        return self.out / "features"
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse what could not be done later."""
+        if stage != "fit":
+            return
+        if not isinstance(pl_module, FineTuning):
+            raise TypeError(f"ShiftMonitor watches FineTuning, got {type(pl_module).__name__}")
+        if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+            raise ValueError(
+                f"ShiftMonitor runs the model outside of its training step, which {type(trainer.strategy).__name__} "
+                "does not allow; use --trainer.strategy ddp, or write a series with ModelExport and measure that"
+            )
+        self.grounding.check()
+        self.options.check()
+
+    # --- the original -------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Let the original read the probe set and learn its dictionary, or take up an interrupted run."""
+        assert isinstance(pl_module, FineTuning)
+        self._started, self._seconds = time.perf_counter(), 0.0
+        self._probe = Probe.load(
+            self.data, self.samples, pl_module.backbone, self.site, self.selector,
+            rank=trainer.global_rank, processes=trainer.world_size,
+        )  # fmt: skip
+        step = trainer.global_step
+        resumed = trainer.strategy.broadcast(step > 0 and (self.folder / "states.parquet").is_file())
+        if resumed:
+            self._last = trainer.strategy.broadcast(self._take_up(step) if trainer.is_global_zero else 0)
+        else:
+            self._begin(trainer, pl_module)
+        if trainer.is_global_zero:
+            self._measure = self._prepared(resumed)
+        self._seconds += time.perf_counter() - self._started
+
+    def _begin(self, trainer: L.Trainer, pl_module: FineTuning) -> None:
+        if trainer.global_step > 0 and pl_module.lora is None:
+            raise ValueError(
+                f"{self.folder}: has no states of the original, and the resumed model is no longer it; resume beside "
+                "the folder of the run, or leave ShiftMonitor out"
+            )
+        with pl_module.backbone.running_as(ORIGINAL):
+            probed = self._read(trainer, pl_module, ORIGINAL)
+        if trainer.is_global_zero:
+            metadata = describe_probe(trainer, pl_module, self.data, self.samples, self.site, self.selector)
+            begin_store(self.folder, metadata, resumed=False, overwrite=True)
+            pl_module.readout.save(self.folder)
+            self._add(probed, [ORIGINAL])
+        self._last = trainer.global_step
+
+    def _take_up(self, step: int) -> int:
+        """Drop what an interrupted run probed behind the checkpoint that it is resumed from."""
+        kept = [name for name in FeatureStore(self.folder).metadata["variants"] if (step_of(name) or 0) <= step]
+        extend_store(self.folder, kept)
+        merge_store(self.folder)
+        return max(step_of(name) or 0 for name in kept)
+
+    def _prepared(self, resumed: bool) -> ShiftMeasure:
+        store = FeatureStore(self.folder)
+        states = ConceptStates.read(store, self.site, self.selector, ORIGINAL)
+        if isinstance(self.dictionary, str):
+            original = load_dictionary(Path(self.dictionary) / "dictionary.safetensors")
+            self._check(original, store)
+        else:
+            metadata = {"site": self.site, "selector": self.selector, "variant": ORIGINAL, "held_out": 0.0}
+            original = self.dictionary.fit(states.states)
+            path = self.out / "original" / "dictionary.safetensors"
+            original.save(path, {**metadata, "features": store.metadata})
+            original = load_dictionary(path)
+        # From the store: the unembedding of a model that is trained fully changes.
+        return ShiftMeasure(original, Readout.load(self.folder), self.grounding, self.options)
+
+    def _check(self, original: ConceptDictionary, store: FeatureStore) -> None:
+        found = tuple(original.metadata.get(name) for name in ("site", "selector", "variant"))
+        if found != (self.site, self.selector, ORIGINAL):
+            raise ValueError(
+                f"{self.dictionary}: its dictionary is of {found}, not of {(self.site, self.selector, ORIGINAL)}; give "
+                "the original's of the same site and selector, or a method"
+            )
+        if not same_model(store.metadata, original.metadata["features"], ORIGINAL):
+            raise ValueError(f"{self.dictionary}: its dictionary is of another model than --model.init_args.model_id")
+
+    # --- while it trains ----------------------------------------------------------------------------------
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Probe every so many steps; with accumulated gradients several batches end at one."""
+        step = trainer.global_step
+        if step % self.every_n_steps == 0 and step > self._last:
+            self._probe_now(trainer, pl_module, step)
+
+    def _probe_now(self, trainer: L.Trainer, pl_module: L.LightningModule, step: int) -> None:
+        assert isinstance(pl_module, FineTuning)
+        begun = time.perf_counter()
+        name = f"step-{step:06d}"
+        probed = self._read(trainer, pl_module, name)
+        self._last = step
+        if trainer.is_global_zero:
+            self._add(probed, [*FeatureStore(self.folder).metadata["variants"], name])
+            self._show(trainer, name, step)
+        self._seconds += time.perf_counter() - begun
+        writer = tensorboard(trainer) if trainer.is_global_zero else None
+        if writer is not None:
+            writer.add_scalar(f"shift/{self.out.name}/live/cost", self._cost(), step)
+
+    def _cost(self) -> float:
+        """Share of the training time that went into it."""
+        return self._seconds / max(time.perf_counter() - self._started, 1e-9)
+
+    def _read(self, trainer: L.Trainer, pl_module: FineTuning, variant: str) -> Probed:
+        assert self._probe is not None
+        return gather(self._probe.read(trainer, pl_module.backbone, variant))
+
+    def _add(self, probed: Probed, variants: list[str]) -> None:
+        """Add the newest variant to the store."""
+        writer = FeatureShardWriter(self.folder, 0, _SHARD_ROWS)
+        for batch, extraction in probed:
+            writer.add(*store_rows([extraction], batch))
+        writer.flush()
+        extend_store(self.folder, variants)
+        merge_store(self.folder)
+
+    def _show(self, trainer: L.Trainer, name: str, step: int) -> None:
+        writer = tensorboard(trainer)
+        if writer is None:
+            return
+        states = self._states([name])[name]
+        assert self._measure is not None
+        # The dictionary of the model as it is now: the latest that shifted concepts can be compared with.
+        moved = self._moved({name: states}, learned_again(self._measure.original, states))[name]
+        seen = point(name, step, moved, moved)
+        del seen["means"]["aligned"]
+        show_point(writer, f"{self.out.name}/live", seen, step)
+        paths = [[picture["image"] for picture in pictures] for pictures in moved.pictures.shifted]
+        writer.add_image(f"shift/{self.out.name}/live/pictures", picture_grid(paths), step, dataformats="HWC")
+
+    def _states(self, names: list[str]) -> dict[str, ConceptStates]:
+        store = FeatureStore(self.folder)
+        return {name: ConceptStates.read(store, self.site, self.selector, name, quiet=True) for name in names}
+
+    def _moved(self, states: dict[str, ConceptStates], destination: ConceptDictionary) -> dict[str, Moved]:
+        assert self._measure is not None
+        a = self._states([ORIGINAL])[ORIGINAL]
+        device = torch.device("cpu")
+        return {name: self._measure.move(destination, PairedStates.of(a, b, device)) for name, b in states.items()}
+
+    # --- afterwards ---------------------------------------------------------------------------------------
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Probe the last model, and measure all that were probed towards it."""
+        if trainer.global_step > self._last:
+            self._probe_now(trainer, pl_module, trainer.global_step)
+        if not trainer.is_global_zero:
+            return
+        begun = time.perf_counter()
+        store = FeatureStore(self.folder)
+        names = [name for name in store.metadata["variants"] if name != ORIGINAL]
+        if not names:
+            rank_zero_info(f"{self.out}: no shift, because no step was taken")
+            return
+        assert self._measure is not None
+        states = self._states(names)
+        destination = learned_again(self._measure.original, states[names[-1]])
+        metadata = {**self._measure.original.metadata, "variant": names[-1], "features": store.metadata}
+        destination.save(self.out / "destination" / "dictionary.safetensors", metadata)
+        moved = self._moved(states, destination)
+        write_shift(self.out, self._measure, destination, moved, store, tensorboard(trainer))
+        self._seconds += time.perf_counter() - begun
+        rank_zero_info(f"{self.out}: probed {len(names)} times, in {100 * self._cost():.1f} % of the training time")
