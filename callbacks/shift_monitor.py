@@ -88,6 +88,7 @@ class ShiftMonitor(Callback):
         self.options = options
         self._probe: Probe | None = None
         self._measure: ShiftMeasure | None = None
+        self._skipped: list[dict[str, str]] = []
         self._last = 0
         self._started = self._seconds = 0.0
 
@@ -125,6 +126,7 @@ class ShiftMonitor(Callback):
             self.data, self.samples, pl_module.backbone, self.site, self.selector,
             rank=trainer.global_rank, processes=trainer.world_size,
         )  # fmt: skip
+        self._skipped = gather(self._probe.skipped)
         step = trainer.global_step
         resumed = trainer.strategy.broadcast(step > 0 and (self.folder / "states.parquet").is_file())
         if resumed:
@@ -154,7 +156,7 @@ class ShiftMonitor(Callback):
         """Drop what an interrupted run probed behind the checkpoint that it is resumed from."""
         kept = [name for name in FeatureStore(self.folder).metadata["variants"] if (step_of(name) or 0) <= step]
         extend_store(self.folder, kept)
-        merge_store(self.folder)
+        merge_store(self.folder, self._skipped)
         return max(step_of(name) or 0 for name in kept)
 
     def _prepared(self, resumed: bool) -> ShiftMeasure:
@@ -221,7 +223,7 @@ class ShiftMonitor(Callback):
             writer.add(*store_rows([extraction], batch))
         writer.flush()
         extend_store(self.folder, variants)
-        merge_store(self.folder)
+        merge_store(self.folder, self._skipped)
 
     def _show(self, trainer: L.Trainer, name: str, step: int) -> None:
         writer = tensorboard(trainer)

@@ -17,11 +17,12 @@ from ._validation import as_rows, check_at_least, check_same_width
 # One in three million words: rare enough for "surfboard" and "frisbee", and few fragments of words.
 _MINIMUM_FREQUENCY = 3e-7
 _MINIMUM_LETTERS = 3
-# Tokens decoded at a time, so that a bfloat16 unembedding is never copied to float32 as a whole.
+# Tokens and concepts at a time: a bfloat16 unembedding is never copied to float32 as a whole, nor all logits held.
 _TOKEN_CHUNK = 16_384
+_ROW_CHUNK = 256
 
-# Words of several tokens: the word, and the ids of its sub-tokens in one way to write it.
-_Spans = list[tuple[str, tuple[int, ...]]]
+# Words of several tokens by the first of these: the word, and the ids of its sub-tokens in one way to write it.
+_Spans = dict[int, list[tuple[str, tuple[int, ...]]]]
 
 
 @cache
@@ -111,11 +112,15 @@ def _admissible(lexicon: Collection[str] | None, stop_words: Collection[str] | N
 
 
 def _admissible_spans(spans: Mapping[str, Sequence[Sequence[int]]] | None, admissible: set[str], tokens: int) -> _Spans:
+    """Spans of admissible words by their first token: a concept has few candidates, a vocabulary tens of thousands."""
     kept = [(word, tuple(span)) for word, ways in (spans or {}).items() if word in admissible for span in ways]
     for word, span in kept:
         if not span or min(span) < 0 or max(span) >= tokens:
             raise ValueError(f"`spans` must name tokens below {tokens}, got {span} for '{word}': use one tokenizer")
-    return kept
+    by_first: _Spans = {}
+    for word, span in kept:
+        by_first.setdefault(span[0], []).append((word, span))
+    return by_first
 
 
 def _ranked_words(
@@ -130,7 +135,8 @@ def _ranked_words(
     candidates = set(logits)
     found += [
         (sum(logits[token] for token in span) / len(span), word, span)
-        for word, span in several
+        for first in logits
+        for word, span in several.get(first, ())
         if candidates.issuperset(span)
     ]
     listed: dict[str, tuple[int, ...]] = {}
@@ -151,12 +157,28 @@ def _top_tokens(
     U: Tensor, unembedding: Tensor, norm: Callable[[Tensor], Tensor] | None, candidates: int
 ) -> list[dict[int, float]]:
     """Logits of the tokens with the largest ones by id, best first, ties by id: K mappings of `candidates` at most."""
-    states = U.to(unembedding)
-    states = as_rows(states if norm is None else norm(states), "norm(U)")
-    logits = torch.cat([states @ chunk.float().T for chunk in torch.split(unembedding, _TOKEN_CHUNK)], dim=1)
-    ordered = as_rows(logits, "logits").sort(dim=1, descending=True, stable=True)
-    tops = zip(ordered.indices[:, :candidates].tolist(), ordered.values[:, :candidates].tolist(), strict=True)
-    return [dict(zip(tokens, values, strict=True)) for tokens, values in tops]
+    tops: list[dict[int, float]] = []
+    for rows in U.split(_ROW_CHUNK):
+        states = rows.to(unembedding)
+        states = as_rows(states if norm is None else norm(states), "norm(U)")
+        logits = torch.cat([states @ chunk.float().T for chunk in unembedding.split(_TOKEN_CHUNK)], dim=1)
+        tops += _largest(as_rows(logits, "logits"), candidates)
+    return tops
+
+
+def _largest(logits: Tensor, count: int) -> list[dict[int, float]]:
+    """The largest values of each row by column, largest first, ties by column."""
+    count = min(count, logits.shape[1])
+    values, columns = logits.topk(count, dim=1)
+    # Which of equal values are among the largest is not defined by `topk`; there all are sorted.
+    tied = (logits >= values[:, -1:]).sum(dim=1) > count
+    if bool(tied.any()):
+        ordered = logits[tied].sort(dim=1, descending=True, stable=True)
+        values[tied], columns[tied] = ordered.values[:, :count], ordered.indices[:, :count]
+    by_column = columns.argsort(dim=1)
+    by_value = values.gather(1, by_column).sort(dim=1, descending=True, stable=True)
+    columns = columns.gather(1, by_column).gather(1, by_value.indices)
+    return [dict(zip(*row, strict=True)) for row in zip(columns.tolist(), by_value.values.tolist(), strict=True)]
 
 
 def _has_shape(word: str) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
+import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
@@ -194,7 +195,11 @@ class PictureDataModule(L.LightningDataModule, ABC):
     def batches(self, samples: Sequence[Sample], encode: Encoder) -> DataLoader[Item]:
         """Batches of some samples, in order, without a Trainer."""
         return DataLoader(
-            _Pictures(list(samples), self.skip_bad_images), batch_size=self.batch_size, collate_fn=_Collate(encode)
+            _Pictures(list(samples), self.skip_bad_images),
+            batch_size=self.batch_size,
+            collate_fn=_Collate(encode),
+            # A loader draws a seed even where nothing is shuffled; training is to keep its own random numbers.
+            generator=torch.Generator(),
         )
 
     def _in_order(self, stage: str) -> DataLoader[Item]:

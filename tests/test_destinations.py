@@ -152,9 +152,7 @@ def test_weights_come_back_whatever_happens(tiny: Path, whole: Path) -> None:
         model.running_as("step-000001").__enter__()
 
 
-def test_a_model_of_another_structure_is_refused(
-    predict: Run, make_model: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_a_model_of_another_structure_is_refused(predict: Run, make_model: Callable[..., Path], tmp_path: Path) -> None:
     other = make_model(text_layers=2)
     error = predict(tmp_path / "store", f"--model.destination={other}", "--data.limit=2").error
     assert "of another structure than the original (first difference: " in error

@@ -1,4 +1,4 @@
-"""Figures for TensorBoard and the report: concepts with their words and pictures, and how they shift."""
+"""Figures for TensorBoard: concepts with their words and pictures."""
 
 from __future__ import annotations
 
@@ -79,22 +79,4 @@ def concept_figure(
             axis.axis("off")
         for axis, path in zip(row[1:], paths, strict=False):
             axis.imshow(thumbnail(path))
-    return figure
-
-
-def shift_figure(magnitude: Sequence[float], consistency: Sequence[float], gain: Sequence[float]) -> Figure:
-    """Bars per concept: how far it shifts, how consistently, and what the shift recovers.
-
-    Args:
-        magnitude: Length of each shift vector.
-        consistency: Mean cosine of the samples' own shifts with it.
-        gain: Rise of the T-Overlap with the destination's concept, in percentage points.
-    """
-    figure = Figure(figsize=(7, 5), layout="constrained")
-    named = (("shift magnitude", magnitude), ("consistency", consistency), ("recovery gain (points)", gain))
-    for axis, (name, values) in zip(figure.subplots(3, sharex=True), named, strict=True):
-        axis.bar(range(len(values)), values, color="#3b6ea8")
-        axis.set_ylabel(name, fontsize=8)
-        axis.axhline(0, color="black", linewidth=0.5)
-    axis.set_xlabel("concept")
     return figure

@@ -23,11 +23,13 @@ class Probe:
 
     Attributes:
         batches: The share of this process, on the CPU.
+        skipped: What of it has no readable picture: `sample_id` and `reason`.
         site: Where states are read.
         selector: At which positions of the samples' own answers.
     """
 
     batches: list[Batch]
+    skipped: list[dict[str, str]]
     site: Site
     selector: Selector
 
@@ -55,8 +57,9 @@ class Probe:
             raise ValueError(f"site {site!r}: ShiftMonitor reads one site of the language model, such as lm.block.3")
         data.setup("predict")
         own = data.samples("predict")[:samples][rank::processes]
-        batches = [batch for batch in data.batches(own, backbone.encode) if batch.samples]
-        return cls(batches, found[0], Selector.parse(selector))
+        batches = list(data.batches(own, backbone.encode))
+        skipped = [{"sample_id": item.sample_id, "reason": item.reason} for batch in batches for item in batch.skipped]
+        return cls([batch for batch in batches if batch.samples], skipped, found[0], Selector.parse(selector))
 
     def read(self, trainer: L.Trainer, backbone: VisionLanguageModel, variant: str) -> Probed:
         """Read the states with the model as it is, in evaluation mode; nothing of its training changes.

@@ -145,7 +145,9 @@ class ShiftMeasure:
         lengths = self.original.lengths(V, assignment)
         U_a, U_b = (dictionary.dictionary.to(A.device) for dictionary in (self.original, destination))
         U_s = shift.shifted(U_a, self.options.alpha, lengths)
-        words = Groundings(*(self.words(U) for U in (U_a, U_s, U_b)))
+        # In one go: preparing the list of words takes longer than reading a few concepts.
+        each = self.words(torch.cat([U_a, U_s, U_b]))
+        words = Groundings(*(each[start : start + len(U_a)] for start in (0, len(U_a))), each[2 * len(U_a) :])
         shown = (
             self._pictures(self.original, pairs.a),
             self._pictures(self.original.with_concepts(U_s), pairs.b),

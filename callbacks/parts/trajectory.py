@@ -21,10 +21,10 @@ def checkpoints_of(store: FeatureStore) -> list[str]:
     """The destinations of a store, in the order of training.
 
     Raises:
-        ValueError: One has not seen all the samples that the original has.
+        ValueError: One of several has not seen all the samples that the original has.
     """
     names = [variant for variant in store.metadata["variants"] if variant != ORIGINAL]
-    expected = set(store.samples(ORIGINAL)) if names else set()
+    expected = set(store.samples(ORIGINAL)) if len(names) > 1 else set()
     for name in names:
         if missing := sorted(expected - set(store.samples(name))):
             raise ValueError(
