@@ -6,6 +6,7 @@ from .images import BadImageError, read_image
 from .mixture import MixtureDataModule
 from .replay import StoredFeatures
 from .sample import Batch, Sample, SkippedSample
+from .visual_genome import VisualGenomeDataModule
 from .vqa import VQA_PROMPT, VQADataModule
 from .word_classes import WORD_CLASSES, word_class
 
@@ -22,6 +23,7 @@ __all__ = [
     "SkippedSample",
     "StoredFeatures",
     "VQADataModule",
+    "VisualGenomeDataModule",
     "read_image",
     "word_class",
 ]

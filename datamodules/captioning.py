@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,7 +9,7 @@ from .annotations import read_annotations
 from .base import PictureDataModule
 from .images import image_path
 from .sample import Sample
-from .word_classes import word_class
+from .word_classes import first_with, has_word, word_class
 
 CAPTION_PROMPT = "Provide a one-sentence caption for the provided image."
 
@@ -30,9 +29,11 @@ class CaptionDataModule(PictureDataModule):
         val_split: Split of `validate`.
         test_split: Split of `test`.
         predict_split: Split of `predict`.
-        caption_words: Learn only from captions with a word of this class: `colors`, `places`, `sentiments`, or
-            a list of words. Validation and prediction keep all pictures and captions.
-        reference_words: Keep only pictures with one of these words in a reference, e.g. a token of interest.
+        caption_words: Learn only from captions with a word of this class: `colors`, `places`, `sentiments`, a
+            list of words, or a `.txt` file with one word a line. Validation and prediction keep all pictures and
+            captions.
+        reference_words: Keep only pictures with one of these words in a reference, e.g. a token of interest. In
+            validation and prediction the first caption that has one is the target.
         limit: At most this many samples of each split.
         batch_size: Samples per batch and process.
         num_workers: Loader processes.
@@ -95,20 +96,13 @@ class CaptionDataModule(PictureDataModule):
         references = tuple(" ".join(sentence["raw"].split()) for sentence in row["sentences"])
         if not references:
             raise KeyError("sentences")
-        if self.reference_words is not None and not any(_words(text) & self.reference_words for text in references):
+        if not any(has_word(text, self.reference_words) for text in references):
             return []
-        learned = [
-            (number, caption)
-            for number, caption in enumerate(references)
-            if self.caption_words is None or _words(caption) & self.caption_words
-        ]
         if training:
             return [
-                Sample(f"{picture}#{number}", path, self.prompt, caption, references) for number, caption in learned
+                Sample(f"{picture}#{number}", path, self.prompt, caption, references)
+                for number, caption in enumerate(references)
+                if has_word(caption, self.caption_words)
             ]
-        target = learned[0][1] if learned else references[0]
+        target = first_with(self.reference_words or self.caption_words, references)
         return [Sample(picture, path, self.prompt, target, references)]
-
-
-def _words(caption: str) -> set[str]:
-    return set(re.findall(r"[^\W\d_]+", caption.lower()))

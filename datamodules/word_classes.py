@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 WORD_CLASSES: dict[str, frozenset[str]] = {
     "colors": frozenset(
@@ -24,19 +26,55 @@ WORD_CLASSES: dict[str, frozenset[str]] = {
     ),
 }
 
+_WORD = re.compile(r"[^\W\d_]+")
+
 
 def word_class(words: str | Iterable[str]) -> frozenset[str]:
-    """The words of a named class, or a list of words as it is, in lower case.
+    """The words of a class, in lower case.
+
+    Args:
+        words: `colors`, `places` or `sentiments`; a path ending in `.txt`, of a file with one word a line; or the
+            words themselves.
 
     Raises:
-        ValueError: No class has that name, or the list is empty.
+        ValueError: No class has that name, there is no word, or a line of the file has more than one.
+        OSError: The file cannot be read.
     """
     if isinstance(words, str):
+        if words.endswith(".txt"):
+            return _read_words(Path(words).expanduser())
         if words not in WORD_CLASSES:
             names = ", ".join(sorted(WORD_CLASSES))
-            raise ValueError(f"no word class {words!r}; there are {names}, or give a list of words")
+            raise ValueError(
+                f"no word class {words!r}; there are {names} (conceptshift.datamodules.WORD_CLASSES lists their "
+                "words), or give a list of words, or the path of a .txt file with one word a line"
+            )
         return WORD_CLASSES[words]
     listed = frozenset(word.lower() for word in words)
     if not listed:
         raise ValueError("a word class needs at least one word, got an empty list")
     return listed
+
+
+def has_word(text: str, words: frozenset[str] | None) -> bool:
+    """Whether one of the words stands in the text, as a whole word; without `words` any text will do."""
+    return words is None or not words.isdisjoint(_WORD.findall(text.lower()))
+
+
+def first_with(words: frozenset[str] | None, texts: Sequence[str]) -> str:
+    """The first text with one of the words, or simply the first."""
+    return next((text for text in texts if has_word(text, words)), texts[0])
+
+
+def _read_words(path: Path) -> frozenset[str]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
+        raise OSError(f"word list {path}: cannot be read ({reason}); give a .txt file with one word a line") from error
+    for number, line in enumerate(lines, 1):
+        if len(line.split()) > 1:
+            raise ValueError(f"word list {path}, line {number}: expected one word, got {line.strip()!r}")
+    if not any(line.strip() for line in lines):
+        raise ValueError(f"word list {path}: has no word; give a .txt file with one word a line")
+    return frozenset(line.strip().lower() for line in lines if line.strip())

@@ -13,6 +13,7 @@ from transformers import get_scheduler
 
 from ..datamodules.sample import Batch
 from .backbone import VisionLanguageModel
+from .backbone.parts import PARTS, Part, lora_targets, train_only
 from .base import BackboneModule
 
 
@@ -24,8 +25,7 @@ class LoraOptions:
         rank: Rank of the update.
         alpha: Scale; the update is multiplied by alpha / rank.
         dropout: Dropout before the update.
-        target_modules: Names or name endings of the layers to adapt; by default all linear layers in the blocks
-            of the language model.
+        target_modules: Names or name endings of the layers to adapt, instead of all linear layers of `parts`.
     """
 
     rank: int = 16
@@ -47,7 +47,11 @@ class FineTuning(BackboneModule):
         dtype: Precision of the weights: `auto` (as saved), `float32`, `bfloat16` or `float16`.
         attention: Attention implementation: `sdpa`, `eager` or `flash_attention_2`.
         max_new_tokens: Tokens to generate at most in validation.
-        lora: Train a LoRA adapter instead of the whole model.
+        lora: Train a LoRA adapter instead of the model's own weights.
+        parts: What is adapted: `vision_tower` (the image encoder), `projector`, `language_model`. By default LoRA
+            adapts the linear layers in the blocks of the language model, and full fine-tuning trains everything.
+        freeze: Names or `*` wildcards of modules or parameters of these parts to leave as they are, such as blocks
+            that the loss does not depend on: LLaVA-1.5 reads its vision tower before the last block.
         random_weights: Train from scratch: take only configuration and processor from `model_id`.
         optimizer: Optimizer of the trainable parameters.
         schedule: Learning-rate schedule, by its name in transformers (`cosine`, `linear`, `constant`, …).
@@ -66,6 +70,8 @@ class FineTuning(BackboneModule):
         attention: str = "sdpa",
         max_new_tokens: int = 25,
         lora: LoraOptions | None = None,
+        parts: list[Part] | None = None,
+        freeze: list[str] | None = None,
         random_weights: bool = False,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         schedule: str = "cosine",
@@ -75,7 +81,15 @@ class FineTuning(BackboneModule):
         super().__init__(model_id, revision, adapter, dtype, attention, max_new_tokens)
         if lora is not None and adapter is not None:
             raise ValueError("give either --model.init_args.lora (train a new adapter) or .adapter (use one), not both")
+        if parts is not None and (not parts or not set(parts) <= set(PARTS)):
+            raise ValueError(f"--model.init_args.parts: expected some of {', '.join(PARTS)}, got {parts}")
+        if parts is not None and lora is not None and lora.target_modules is not None:
+            raise ValueError(
+                "give either --model.init_args.parts or .lora.target_modules: both say which layers LoRA adapts"
+            )
         self.lora = lora
+        self.parts = parts
+        self.frozen = freeze or []  # `freeze` is a method of LightningModule
         self.random_weights = random_weights
         self.optimizer = optimizer
         self.schedule = schedule
@@ -83,20 +97,24 @@ class FineTuning(BackboneModule):
         self.gradient_checkpointing = gradient_checkpointing
 
     def load(self) -> VisionLanguageModel:
-        """Load the model and attach a new adapter if one is to be trained."""
+        """Load the model, and attach a new adapter or freeze what is not to be trained."""
         if self.random_weights:
-            return VisionLanguageModel.load(self.model_id, attention=self.attention, random_weights=True)
-        backbone = super().load()
-        if self.lora is not None:
-            backbone.add_lora(
-                LoraConfig(
-                    r=self.lora.rank,
-                    lora_alpha=self.lora.alpha,
-                    lora_dropout=self.lora.dropout,
-                    target_modules=self.lora.target_modules,
-                    task_type="CAUSAL_LM",
-                )
+            backbone = VisionLanguageModel.load(self.model_id, attention=self.attention, random_weights=True)
+        else:
+            backbone = super().load()
+        if self.lora is None:
+            train_only(backbone.model, self.parts, self.frozen)
+            return backbone
+        parts: list[Part] = self.parts or ["language_model"]
+        backbone.add_lora(
+            LoraConfig(
+                r=self.lora.rank,
+                lora_alpha=self.lora.alpha,
+                lora_dropout=self.lora.dropout,
+                target_modules=lora_targets(backbone.model, parts, self.lora.target_modules, self.frozen),
+                task_type="CAUSAL_LM",
             )
+        )
         return backbone
 
     def configure_model(self) -> None:
@@ -139,7 +157,10 @@ class FineTuning(BackboneModule):
         """The optimizer over the trainable parameters, with its schedule stepped every batch."""
         trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
         if not trainable:
-            raise ValueError("nothing to train: an adapter given by --model.init_args.adapter is frozen; use .lora")
+            raise ValueError(
+                "nothing to train: an adapter given by --model.init_args.adapter is frozen (use .lora), and so is what "
+                "--model.init_args.freeze matches"
+            )
         optimizer = self.optimizer(trainable)
         steps = int(self.trainer.estimated_stepping_batches)
         scheduler = get_scheduler(self.schedule, optimizer, round(self.warmup * steps), steps)
@@ -167,6 +188,6 @@ class FineTuning(BackboneModule):
             odd = sorted(expected ^ found)[0]
             raise ValueError(
                 f"--ckpt_path: {len(found)} parameters for the {len(expected)} that this configuration trains (first "
-                f"difference: {odd}); resume with the model and LoRA options of the run that wrote it"
+                f"difference: {odd}); resume with the model, parts and LoRA options of the run that wrote it"
             )
         return super().load_state_dict(state_dict, strict=False, assign=assign)

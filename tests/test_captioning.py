@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conceptshift.datamodules import BadImageError, CaptionDataModule, SkippedSample
+from conceptshift.datamodules import BadImageError, CaptionDataModule, SkippedSample, word_class
 from conceptshift.datamodules.base import _Collate, _Pictures
 from conceptshift.datamodules.sample import Sample
+from conceptshift.lightning_modules.backbone import Selector
 from PIL import Image
 
 
@@ -99,6 +100,44 @@ def test_reference_words_filter_pictures_by_whole_words(root: Path) -> None:
     assert [sample.sample_id for sample in found] == ["100", "103"]
 
 
+def test_the_target_is_a_caption_with_the_word_in_question(root: Path) -> None:
+    """States of a given answer are read at this word."""
+    for stage in ("validate", "predict"):
+        found = samples(root, stage, reference_words=["brown", "pursuit"])
+        assert [(sample.sample_id, sample.target) for sample in found] == [("103", "The dog is brown")]
+        found = samples(root, stage, reference_words=["pursuit"], caption_words="colors")
+        assert [sample.target for sample in found] == ["dogged pursuit"]
+    # Learned are all captions of such a picture.
+    learned = samples(root, "fit", train_split="val", reference_words=["pursuit"])
+    assert [sample.sample_id for sample in learned] == ["103#0", "103#1", "103#2"]
+
+
+def test_words_may_come_from_a_file(root: Path, tmp_path: Path) -> None:
+    path = tmp_path / "animals.txt"
+    path.write_text("Dog\n\n  bird  \n", encoding="utf-8")
+    assert word_class(str(path)) == {"dog", "bird"}
+    learned = samples(root, "fit", train_split="train+restval", caption_words=str(path))
+    assert [sample.sample_id for sample in learned] == ["100#0", "100#2", "101#0"]
+    assert Selector.parse(f"token_class:{path}").words == {"dog", "bird"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"red\nlight blue\n", r"words\.txt, line 2: expected one word, got 'light blue'"),
+        (b"\n \n", r"words\.txt: has no word; give a \.txt file with one word a line"),
+        (b"\xff\xfe", r"words\.txt: cannot be read \(it is no UTF-8 text\)"),
+        (None, r"words\.txt: cannot be read \(No such file or directory\); give a \.txt file"),
+    ],
+)
+def test_unusable_word_lists(tmp_path: Path, content: bytes | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / "words.txt").write_bytes(content)
+    with pytest.raises((ValueError, OSError), match=message) as caught:
+        word_class(str(tmp_path / "words.txt"))
+    assert len(str(caught.value).splitlines()) == 1
+
+
 def test_pictures_without_coco_id_go_by_their_own(root: Path) -> None:
     rows = [{key: value for key, value in row.items() if key != "cocoid"} for row in ENTRIES]
     assert [sample.sample_id for sample in samples(write(root, {"images": rows}), "predict")] == ["3", "4"]
@@ -186,7 +225,10 @@ def test_filters_that_leave_nothing(root: Path) -> None:
     [
         ({"batch_size": 0}, r"--data\.init_args\.batch_size must be at least 1, got 0"),
         ({"limit": 0}, r"--data\.init_args\.limit must be at least 1, got 0"),
-        ({"caption_words": "fruits"}, "no word class 'fruits'; there are colors, places, sentiments"),
+        (
+            {"caption_words": "fruits"},
+            r"no word class 'fruits'; there are colors, places, sentiments \(conceptshift\.data",
+        ),
         ({"reference_words": []}, "at least one word"),
     ],
 )

@@ -115,6 +115,20 @@ def test_two_processes_score_as_one_does(cli: Run, tiny: Path, shapes: Path, tmp
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+def test_full_fine_tuning_without_a_search_for_unused_parameters(tiny: Path, shapes: Path, tmp_path: Path) -> None:
+    """Plain DDP would stop in the second step if a trained parameter got no gradient."""
+    done = conceptshift(
+        tmp_path,
+        "fit", "--trainer.enable_progress_bar=false", "--trainer.max_steps=3", "--trainer.enable_checkpointing=false",
+        "--trainer.limit_val_batches=0", "--model=FineTuning", f"--model.model_id={tiny}",
+        '--model.freeze=["*.post_layernorm"]', "--data=CaptionDataModule", f"--data.root={shapes}",
+        "--data.batch_size=2", "--trainer.callbacks+=TrainingAudit", *DDP,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "MEMBER: 2/2" in done.stderr, "it ran as one process"
+    assert done.stdout.count("trained modules") == 1
+
+
 def test_an_error_in_one_process_ends_both(tiny: Path, shapes: Path, tmp_path: Path) -> None:
     """The second picture is the first one of the second process."""
     root = Path(shutil.copytree(shapes, tmp_path / "shapes"))

@@ -160,7 +160,7 @@ def test_only_the_adapter_is_trained_saved_and_exported(fit: Run, tmp_path: Path
     with torch.inference_mode():
         theirs = loaded(**inputs).logits
         logits = ours(inputs).logits
-        with ours.adapter_disabled():
+        with ours.running_as("original"):
             without = ours(inputs).logits
     assert torch.equal(logits, theirs)
     assert not torch.equal(without, logits)
@@ -216,6 +216,47 @@ def test_every_trained_parameter_gets_a_gradient(tiny: Path, shapes: Path) -> No
     module.backbone(batch_of(module.backbone, shapes, 2).inputs).loss.backward()
     without = [name for name, value in module.named_parameters() if value.requires_grad and value.grad is None]
     assert without == []
+
+
+# --- parts ----------------------------------------------------------------------------------------------
+
+
+def test_a_part_is_trained_saved_and_resumed(fit: Run, tmp_path: Path, tiny: Path) -> None:
+    part = ("--model.parts=[projector]", "--model.freeze=['*.linear_2']", "--model.optimizer=AdamW",
+            "--model.optimizer.lr=0.01")  # fmt: skip
+    more = ("--trainer.callbacks+=ModelCheckpoint", f"--trainer.callbacks.dirpath={tmp_path}",
+            "--trainer.callbacks.save_last=true", "--trainer.callbacks+=ModelExport",
+            f"--trainer.callbacks.folder={tmp_path / 'model'}")  # fmt: skip
+    assert fit(*part, *more).status == 0
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    assert {name.split("_backbone.model.")[1] for name in saved} == {
+        "model.multi_modal_projector.linear_1.weight",
+        "model.multi_modal_projector.linear_1.bias",
+    }
+    folders = (tiny, tmp_path / "model")
+    before, after = (AutoModelForImageTextToText.from_pretrained(folder).state_dict() for folder in folders)
+    changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    assert changed == {name.split("_backbone.model.")[1] for name in saved}
+    resumed = fit(*part, *more, f"--ckpt_path={tmp_path / 'last.ckpt'}", steps=3)
+    assert resumed.status == 0, resumed.err
+    error = fit("--model.parts=[projector]", *more, f"--ckpt_path={tmp_path / 'last.ckpt'}", steps=3).error
+    assert "--ckpt_path: 2 parameters for the 4 that this configuration trains" in error
+    assert "linear_2" in error
+
+
+def test_an_adapter_of_every_part_is_exported_and_loaded(fit: Run, tmp_path: Path, tiny: Path, shapes: Path) -> None:
+    done = fit(
+        *LORA, "--model.parts=[vision_tower,projector,language_model]", "--trainer.enable_checkpointing=false",
+        "--trainer.callbacks+=ModelExport", f"--trainer.callbacks.folder={tmp_path / 'adapter'}",
+    )  # fmt: skip
+    assert done.status == 0, done.err
+    model = VisionLanguageModel.load(str(tiny), adapter=str(tmp_path / "adapter"))
+    inputs = batch_of(model, shapes, 2).inputs
+    tower = model.sites(["vision.block.1"])
+    adapted = model.read(inputs, tower).states["vision.block.1"]
+    with model.running_as("original"):
+        original = model.read(inputs, tower).states["vision.block.1"]
+    assert not torch.equal(torch.cat(list(adapted)), torch.cat(list(original)))
 
 
 # --- resuming -------------------------------------------------------------------------------------------

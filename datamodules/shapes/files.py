@@ -22,7 +22,7 @@ from .scene import KINDS, SIZE, Scene, random_scene
 
 Json = dict[str, Any]
 
-_VERSION = 1  # counts changes of the drawing and the wording: equal version and seed mean equal bytes
+_VERSION = 2  # counts changes of what is written: equal version and seed mean equal bytes
 _RECEIPT = "shapes.json"
 
 # Of every 40 pictures: 32 train, 2 restval, 3 val, 3 test. As with COCO, restval, val and test lie in val2014.
@@ -34,7 +34,8 @@ def write_shapes(out: Path, images: int, seed: int = 0, max_things: int = 3) -> 
 
     Writes `train2014/` and `val2014/` (JPEG), `dataset_coco.json` (Karpathy captions and splits),
     `v2_OpenEnded_mscoco_{train,val}2014_questions.json`, `v2_mscoco_{train,val}2014_annotations.json`,
-    `annotations/instances_{train,val}2014.json` (masks as RLE) and `visual_genome/region_descriptions.json`.
+    `annotations/instances_{train,val}2014.json` (masks as RLE), and `visual_genome/` with
+    `region_descriptions.json` and the pictures once more, under the names that they have there (`VG_100K/1.jpg`).
     The same `images` and `seed` give the same bytes. A folder that already holds exactly this is left alone.
 
     Args:
@@ -155,14 +156,15 @@ def _write_all(root: Path, images: int, seed: int, max_things: int) -> None:
     tables = {"train2014": _Tables(), "val2014": _Tables()}
     karpathy: list[Json] = []
     regions: list[Json] = []
-    for folder in tables:
-        (root / folder).mkdir()
+    for folder in (*tables, "visual_genome/VG_100K"):
+        (root / folder).mkdir(parents=True)
     for image_id, scene, rng in tqdm(_scenes(images, seed, max_things), "drawing shapes", images, leave=False):
         split = _SPLITS[(image_id - 1) % len(_SPLITS)]
         folder = "train2014" if split == "train" else "val2014"
         filename = f"COCO_{folder}_{image_id:012d}.jpg"
         picture, masks = draw_scene(scene, rng)
         picture.save(root / folder / filename, quality=95, subsampling=0)
+        shutil.copyfile(root / folder / filename, root / "visual_genome" / "VG_100K" / f"{image_id}.jpg")
         tables[folder].add_instances(image_id, filename, scene, masks)
         tables[folder].add_questions(image_id, scene, rng)
         karpathy.append(_karpathy_row(image_id, split, folder, filename, captions(scene)))

@@ -21,6 +21,7 @@ from .destinations import DESTINATION, ORIGINAL, changed_weights, exchanged, is_
 from .generation import Generation
 from .interventions import Capture, Intervention, RunningPass, intervening
 from .loading import image_token_id, load_pretrained, tensor_hash
+from .parts import lora_targets
 from .patch_grid import PatchGrid, find_patch_grid
 from .prompts import IGNORED, PromptEncoder, prompts_only, with_positions
 from .sites import Site, final_norm, resolve_sites
@@ -89,10 +90,13 @@ class VisionLanguageModel(nn.Module):
     def add_lora(self, config: LoraConfig) -> None:
         """Attach a new LoRA adapter and freeze everything else.
 
+        Args:
+            config: Its options; without `target_modules` it adapts the linear layers in the language model's blocks.
+
         Raises:
             ValueError: `config.target_modules` matches nothing.
         """
-        config.target_modules = config.target_modules or self.language_linears()
+        config.target_modules = config.target_modules or lora_targets(self.model, ["language_model"])
         self._peft = [get_peft_model(self.model, config)]
 
     def add_destination(self, path: str, name: str = DESTINATION) -> None:
@@ -228,15 +232,6 @@ class VisionLanguageModel(nn.Module):
         """Every row of the unembedding as decoded text; rows without a token are empty."""
         rows = len(cast(Tensor, self.unembed.weight))
         return [self.tokenizer.decode([token]) if token < len(self.tokenizer) else "" for token in range(rows)]
-
-    def language_linears(self) -> list[str]:
-        """Names of all linear layers in the blocks of the language model: what LoRA adapts by default."""
-        inside = {id(module) for module in self.decoder.layers.modules()}  # type: ignore[union-attr]
-        return [
-            name
-            for name, module in self.model.named_modules()
-            if isinstance(module, nn.Linear) and id(module) in inside
-        ]
 
     def forward(self, inputs: dict[str, Tensor]) -> Any:
         """Run the model on an encoded batch; with `labels` the output has the mean loss per answer token."""
