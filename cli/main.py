@@ -16,6 +16,7 @@ COMMANDS = {
     "validate": ("lightning_cli", "generate captions or answers and score them, steered or not"),
     "test": ("lightning_cli", "the same on the test split"),
     "predict": ("lightning_cli", "extract hidden states; fit dictionaries, measure shift, make steering vectors"),
+    "import-features": ("import_features", "make a feature store of hidden states that XL-VLMs saved"),
     "explain": ("explain", "show which concepts a picture activates, and where in it they are"),
     "shapes": ("shapes", "generate the embedded data set"),
     "shapes-model": ("shapes_model", "write a small untrained model for it"),
@@ -27,7 +28,7 @@ COMMANDS = {
 
 def overview() -> str:
     """What `conceptshift --help` prints."""
-    rows = "\n".join(f"  {name:<14}{text}" for name, (_, text) in COMMANDS.items())
+    rows = "\n".join(f"  {name:<17}{text}" for name, (_, text) in COMMANDS.items())
     return (
         "usage: conceptshift COMMAND [options]\n\nWhat fine-tuning does to a vision-language model.\n\n"
         f"{rows}\n\n`conceptshift COMMAND --help` explains one."
