@@ -1,32 +1,41 @@
-"""Pure tensor mathematics of concepts: dictionaries, grounding, matching, shift, recovery, steering."""
+"""Pure tensor mathematics of concepts: dictionaries, grounding, matching, shift, recovery, significance, steering."""
 
+from ._averages import Average
 from .artifacts import content_hash, load_artifact, save_artifact
+from .correlation import Correlation, correlation
 from .dictionary import ConceptDictionary, load_dictionary, strongest
+from .draws import shift_draws
 from .grounding import english_lexicon, english_stop_words, ground_images, ground_words
 from .kmeans import KMeans
 from .matching import match_concepts, stability
 from .overcomplete import Overcomplete
 from .pca import PCA
-from .recovery import Recovery, recovery, t_overlap
+from .recovery import Groundings, Recovery, recovery, t_overlap
 from .report import FitReport
 from .semi_nmf import SemiNMF
 from .shift import ConceptShift, concept_shift, load_shift, pair_rows
+from .significance import ShiftSignificance, shift_significance
 from .simple import Simple
 from .steering import coarse_vector, fine_vector, load_steering_vector, random_vector_like, save_steering_vector
 
 __all__ = [
     "PCA",
+    "Average",
     "ConceptDictionary",
     "ConceptShift",
+    "Correlation",
     "FitReport",
+    "Groundings",
     "KMeans",
     "Overcomplete",
     "Recovery",
     "SemiNMF",
+    "ShiftSignificance",
     "Simple",
     "coarse_vector",
     "concept_shift",
     "content_hash",
+    "correlation",
     "english_lexicon",
     "english_stop_words",
     "fine_vector",
@@ -42,6 +51,8 @@ __all__ = [
     "recovery",
     "save_artifact",
     "save_steering_vector",
+    "shift_draws",
+    "shift_significance",
     "stability",
     "strongest",
     "t_overlap",

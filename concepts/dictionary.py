@@ -9,12 +9,14 @@ Notation, in this room: N samples, D hidden size, K concepts; rows are samples.
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import asdict
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
+from ._averages import rows_of
 from ._precision import full_precision
 from ._validation import as_rows, check_whole
 from .artifacts import load_artifact, save_artifact
@@ -149,10 +151,7 @@ class ConceptDictionary(ABC):
         Raises:
             ValueError: if the dictionary is not fitted or `V` is no finite floating matrix of K columns.
         """
-        self._fitted()
-        V = as_rows(V, "V")
-        if V.shape[1] != self.n_concepts:
-            raise ValueError(f"`V` must have {self.n_concepts} columns, one a concept, got {V.shape[1]}")
+        V = self._activations(V)
         return self._decode(V, self._on(V.device))
 
     @full_precision
@@ -186,6 +185,49 @@ class ConceptDictionary(ABC):
             ValueError: as in `transform`.
         """
         return strongest(self.transform(Z))
+
+    def with_concepts(self, U: Tensor) -> Self:
+        """The same method with other concepts: what shifted concepts are in states.
+
+        Args:
+            U: concepts, [K, D].
+
+        Returns:
+            A copy of this dictionary; a method that learned how to encode encodes as it did.
+
+        Raises:
+            ValueError: if the dictionary is not fitted, or `U` is no finite matrix of its shape.
+        """
+        own, U = self.dictionary, as_rows(U, "U")
+        if U.shape != own.shape:
+            raise ValueError(f"`U` must have the shape of the dictionary, {list(own.shape)}, got {list(U.shape)}")
+        other = copy(self)
+        other._tensors = {**self._tensors, "dictionary": U.to(own)}
+        return other
+
+    @full_precision
+    def lengths(self, V: Tensor, assignment: Tensor) -> Tensor:
+        """How long each concept is among the states: by how much it is multiplied in those assigned to it.
+
+        What is to be added to a concept has to be divided by it first, if it is a difference of states: the concepts
+        of Semi-NMF are no longer than 1, states are often a hundred times as long. Concepts that are themselves states
+        (KMeans, Simple) are multiplied by 1.
+
+        Args:
+            V: activations as `transform` gives them, [N, K].
+            assignment: concept of each row, [N], integer (`strongest`); −1 for one that activates none.
+
+        Returns:
+            Mean over the rows of a concept of |v_k|, or of what multiplies u_k in its place, [K], float32; 1 for a
+            concept without rows.
+
+        Raises:
+            ValueError: as in `reconstruct`, or if the assignment does not fit.
+        """
+        code = self._code(self._activations(V)).abs()
+        rows = rows_of(assignment, self.n_concepts, len(code))
+        means = torch.stack([code[own.to(code.device), k].sum() / max(len(own), 1) for k, own in enumerate(rows)])
+        return means.where(means > 0, 1)
 
     def save(self, path: str | os.PathLike[str], metadata: Mapping[str, Any]) -> None:
         """Write the dictionary to one safetensors file.
@@ -231,6 +273,13 @@ class ConceptDictionary(ABC):
 
     def _decode(self, V: Tensor, tensors: dict[str, Tensor]) -> Tensor:
         return self._code(V) @ tensors["dictionary"]
+
+    def _activations(self, V: Tensor) -> Tensor:
+        self._fitted()
+        V = as_rows(V, "V")
+        if V.shape[1] != self.n_concepts:
+            raise ValueError(f"`V` must have {self.n_concepts} columns, one a concept, got {V.shape[1]}")
+        return V
 
     def _check_rows(self, rows: Rows) -> None:
         K = self.n_concepts

@@ -5,11 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-from conceptshift.concepts import PCA, ConceptDictionary, KMeans, SemiNMF, Simple, load_dictionary
+from conceptshift.concepts import PCA, ConceptDictionary, KMeans, Overcomplete, SemiNMF, Simple, load_dictionary
 from conceptshift.concepts.rows import Rows
 from torch import Tensor
 
@@ -95,6 +96,57 @@ def test_reported_variance_is_that_of_the_reconstruction(method: type[ConceptDic
     expected = 1 - float(residual.square().sum() / (Z - Z.mean(dim=0)).square().sum())
     assert model.report.explained_variance == pytest.approx(expected, rel=1e-5)
     assert model.explained_variance(Z) == pytest.approx(expected, rel=1e-5)
+
+
+def test_lengths_are_the_mean_activations() -> None:
+    Z = features()
+    for model in (SemiNMF(n_concepts=6).fit(Z), PCA(n_concepts=6).fit(Z)):
+        V, assignment = model.transform(Z), model.assign(Z)
+        assignment = assignment.where(assignment != 2, -1)
+        lengths = model.lengths(V, assignment)
+        for k in range(6):
+            own = V[assignment == k, k].abs()
+            assert float(lengths[k]) == pytest.approx(1.0 if k == 2 else float(own.mean()), rel=1e-5)
+        order = torch.randperm(len(V), generator=torch.Generator().manual_seed(0))
+        torch.testing.assert_close(model.lengths(V[order], assignment[order]), lengths)
+
+
+def test_concepts_that_are_states_have_length_one() -> None:
+    Z = features()
+    for model in (KMeans(n_concepts=6).fit(Z), Simple(n_concepts=6).fit(Z)):
+        assert torch.equal(model.lengths(model.transform(Z), model.assign(Z)), torch.ones(6))
+
+
+@pytest.mark.parametrize("method", [*METHODS, "ConvexNMF", "SkICA", "SkKMeans", "TopKSAE"])
+def test_a_move_over_the_length_moves_the_states_by_itself(method: type[ConceptDictionary] | str) -> None:
+    """What is added to a concept arrives in its states as many times as long as the concept is in them."""
+    if isinstance(method, str) and (find_spec("overcomplete") is None or find_spec("einops") is None):
+        pytest.skip('needs pip install "conceptshift[overcomplete]"')
+    Z, move = features(), torch.randn(24, generator=torch.Generator().manual_seed(1))
+    model = Overcomplete(method, n_concepts=6) if isinstance(method, str) else method(n_concepts=6)
+    model.fit(Z)
+    V, assignment = model.transform(Z), model.assign(Z)
+    lengths = model.lengths(V, assignment)
+    for k in set(assignment.tolist()):
+        U = model.dictionary.clone()
+        U[k] += move / lengths[k]
+        own = V[assignment == k]
+        arrived = (model.with_concepts(U).reconstruct(own) - model.reconstruct(own)).norm(dim=1).mean()
+        assert float(arrived) == pytest.approx(float(move.norm()), rel=1e-3)
+
+
+def test_bad_activations_have_no_lengths() -> None:
+    Z = features()
+    model = SemiNMF(n_concepts=6)
+    with pytest.raises(ValueError, match="SemiNMF is not fitted"):
+        model.lengths(torch.ones(3, 6), torch.zeros(3).long())
+    V = model.fit(Z).transform(Z)
+    with pytest.raises(ValueError, match=r"`V` must have 6 columns, one a concept, got 5"):
+        model.lengths(V[:, :5], model.assign(Z))
+    with pytest.raises(ValueError, match=r"`assignment` must be an integer tensor \[300\], .* got torch.int64 \[299\]"):
+        model.lengths(V, model.assign(Z)[1:])
+    with pytest.raises(ValueError, match=r"`assignment` must lie in −1 … 5, got values from 6 to 6"):
+        model.lengths(V, torch.full((300,), 6))
 
 
 def test_two_processes_give_the_dictionary_of_one(tmp_path: Path) -> None:

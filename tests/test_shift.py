@@ -1,10 +1,13 @@
 """Pairing of samples and shift of concepts, against numbers worked by hand."""
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from conceptshift.concepts import concept_shift, load_shift, pair_rows
+from conceptshift.concepts import Average, concept_shift, load_shift, pair_rows
+from scipy import stats
 from torch import Tensor
 
 FIELDS = ("vectors", "counts", "consistency", "pairwise_cosine", "magnitude", "mean_magnitude")
@@ -53,9 +56,30 @@ def test_statistics_against_explicit_sums() -> None:
     assert shift.empty.tolist() == [False, False, False, False, True]
 
 
-def test_identical_states_do_not_shift_at_all() -> None:
+@pytest.mark.parametrize("rows", [1, 2, 9, 10, 30, 60])
+@pytest.mark.parametrize("average", ["median", "trimmed_mean"])
+def test_median_and_trimmed_mean_are_those_of_each_coordinate(average: Average, rows: int) -> None:
+    original, destination, _ = (part[:rows] for part in states())
+    destination[rows // 2] += 1000
+    shift = concept_shift(original, destination, torch.zeros(rows).long(), 2, average)
+    delta = (destination - original).double().numpy()
+    middle: Any = np.median(delta, axis=0) if average == "median" else stats.trim_mean(delta, 0.1, axis=0)
+    np.testing.assert_allclose(shift.vectors[0], middle, rtol=1e-5, atol=1e-6)
+    cosines = delta @ middle / np.linalg.norm(delta, axis=1) / np.linalg.norm(middle)
+    assert float(shift.consistency[0]) == pytest.approx(cosines.mean(), abs=1e-5)
+    assert float(shift.magnitude[0]) == pytest.approx(np.linalg.norm(middle), rel=1e-5)
+    # One sample in a class of its own moves the mean only.
+    assert (float(shift.magnitude[0]) > 10) == (rows < 10 and (average == "trimmed_mean" or rows < 3))
+    of_mean = concept_shift(original, destination, torch.zeros(rows).long(), 2)
+    torch.testing.assert_close(shift.pairwise_cosine, of_mean.pairwise_cosine)
+    torch.testing.assert_close(shift.mean_magnitude, of_mean.mean_magnitude)
+    assert (shift.vectors[1] == 0).all()
+
+
+@pytest.mark.parametrize("average", ["mean", "median", "trimmed_mean"])
+def test_identical_states_do_not_shift_at_all(average: Average) -> None:
     original, _, assignment = states()
-    shift = concept_shift(original, original.clone(), assignment, n_concepts=5)
+    shift = concept_shift(original, original.clone(), assignment, 5, average)
     for name in ("vectors", "consistency", "pairwise_cosine", "magnitude", "mean_magnitude"):
         assert (getattr(shift, name) == 0).all(), name
     U = torch.randn(5, 5, generator=torch.Generator().manual_seed(1))
@@ -88,9 +112,18 @@ def test_shifted_concepts_go_along_the_shift() -> None:
     assert torch.equal(shift.shifted(U, alpha=0), U)
     torch.testing.assert_close(shift.shifted(U), U + shift.vectors)
     torch.testing.assert_close(shift.shifted(U, alpha=-2), U - 2 * shift.vectors)
+    lengths = torch.tensor([1.0, 2.0, 0.5, 100.0, 7.0])
+    torch.testing.assert_close(shift.shifted(U, 3, lengths), U + 3 * shift.vectors / lengths[:, None])
+    # Of concepts as long as the states, it is the shift as it is.
+    torch.testing.assert_close(lengths[:, None] * shift.shifted(U, 1, lengths), lengths[:, None] * U + shift.vectors)
     assert torch.equal(shift.shifted(U)[4], U[4])
     with pytest.raises(ValueError, match=r"shape of the shift vectors, \[5, 5\], got \[4, 5\]"):
         shift.shifted(U[:4])
+    for bad in (lengths[:4], -lengths, lengths * float("inf")):
+        with pytest.raises(ValueError, match=r"`lengths` must hold 5 positive numbers, one for each concept"):
+            shift.shifted(U, lengths=bad)
+    with pytest.raises(ValueError, match=r"`alpha` must be finite, got inf"):
+        shift.shifted(U, float("inf"))
 
 
 def test_round_trip_is_exact(tmp_path: Path) -> None:
@@ -114,6 +147,8 @@ def test_bad_states() -> None:
         concept_shift(a, b[:, :4], assignment, 4)
     with pytest.raises(ValueError, match=r"`destination` must be finite, but 60 of 60"):
         concept_shift(a, b * float("inf"), assignment, 4)
+    with pytest.raises(ValueError, match=r"`average` must be one of mean, median, trimmed_mean, got 'mode'"):
+        concept_shift(a, b, assignment, 4, "mode")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"must lie in −1 … 2, got values from 0 to 3"):
         concept_shift(a, b, assignment, 3)
     with pytest.raises(ValueError, match=r"got values from -2 to 1"):
