@@ -7,9 +7,12 @@ from .feature_writer import FeatureWriter
 from .grounding_scorer import GroundingScorer
 from .model_export import ModelExport
 from .parts.grounding import GroundingOptions
+from .parts.shift_measure import ShiftOptions
 from .shift_meter import ShiftMeter
+from .shift_monitor import ShiftMonitor
 from .steerer import Steerer
 from .steering_vector_maker import StateSet, SteeringVectorMaker
+from .training_audit import TrainingAudit
 from .vqa_scorer import VQAScorer
 
 __all__ = [
@@ -21,8 +24,11 @@ __all__ = [
     "GroundingScorer",
     "ModelExport",
     "ShiftMeter",
+    "ShiftMonitor",
+    "ShiftOptions",
     "StateSet",
     "Steerer",
     "SteeringVectorMaker",
+    "TrainingAudit",
     "VQAScorer",
 ]

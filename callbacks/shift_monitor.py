@@ -235,7 +235,7 @@ class ShiftMonitor(Callback):
         moved = self._moved({name: states}, learned_again(self._measure.original, states))[name]
         seen = point(name, step, moved, moved)
         del seen["means"]["aligned"]
-        show_point(writer, f"{self.out.name}/live", seen, step)
+        show_point(writer, f"{self.out.name}/live", seen)
         paths = [[picture["image"] for picture in pictures] for pictures in moved.pictures.shifted]
         writer.add_image(f"shift/{self.out.name}/live/pictures", picture_grid(paths), step, dataformats="HWC")
 

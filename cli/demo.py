@@ -44,7 +44,7 @@ def demo(out: str = "checkpoints/demo", images: int = 4000) -> None:
     job = _Demo(Path(out))
     job.stage("data", lambda: write_shapes(job.out / "data", images))
     job.stage("score original", job.score_original)
-    job.stage("fine-tune", lambda: job.run("fit", "finetune"))
+    job.stage("fine-tune", lambda: job.run("fit", "finetune", "monitor"))
     job.stage("extract, concepts, shift", lambda: job.run("predict", "shift"))
     job.stage("steering vector", lambda: job.run("predict", "answer_vector"))
     job.stage("score destination", job.score_destination)
@@ -72,22 +72,28 @@ class _Demo:
         self.seconds[name] = round(time.perf_counter() - start, 1)
         return done
 
-    def run(self, subcommand: str, config: str, *options: str, answers: str | None = None) -> None:
-        """Run a shipped configuration with its paths moved into this run's folder.
+    def run(self, subcommand: str, *configs: str, options: Sequence[str] = (), answers: str | None = None) -> None:
+        """Run shipped configurations with their paths moved into this run's folder.
 
-        The moved copy stays in `configs/`, so that each step can be run again by hand.
+        The moved copies stay in `configs/`, so that each step can be run again by hand.
 
         Args:
             subcommand: `fit`, `predict` or `validate`.
-            config: Name of the configuration.
+            configs: Names of the configurations.
             options: More options of the command line.
             answers: Name of the file that captions or answers are written to.
         """
+        paths = [self._moved(config, answers) for config in configs]
+        given = [subcommand, *(part for path in paths for part in ("--config", str(path))), *options]
+        print("conceptshift", *given)
+        lightning_cli.run(given)
+
+    def _moved(self, config: str, answers: str | None) -> Path:
         text = (PACKAGE / "configs" / f"{config}.yaml").read_text()
-        # The extraction is the run itself; the other workflows get a folder each.
+        # Extraction and monitor are the run itself; the other workflows get a folder each.
         text = re.sub(
             r"(?<![\w/])checkpoints/([a-z_]+)(?=[/,])",
-            lambda match: str(self.out if match[1] == "shift" else self.out / match[1]),
+            lambda match: str(self.out if match[1] in ("shift", "monitor") else self.out / match[1]),
             text,
         )
         text = re.sub(r"[^ ]*/(captions|answers)\.json", f"{self.out / (answers or config)}.json", text)
@@ -96,8 +102,7 @@ class _Demo:
         path = self.out / "configs" / f"{answers or config}.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-        print(f"conceptshift {subcommand} --config {path} {' '.join(options)}")
-        lightning_cli.run([subcommand, "--config", str(path), *options])
+        return path
 
     # --- scoring --------------------------------------------------------------------------------------------
 
@@ -109,7 +114,7 @@ class _Demo:
     def score_destination(self) -> None:
         """Captions of the destination."""
         adapter = str(self.out / "finetune" / "adapter")
-        self.run("validate", "caption", "--model.init_args.adapter", adapter, answers="captions-destination")
+        self.run("validate", "caption", options=("--model.init_args.adapter", adapter), answers="captions-destination")
 
     def score_steered(self) -> None:
         """Captions and answers of the steered original."""
@@ -160,8 +165,11 @@ class _Demo:
 
     def _shift(self, name: str) -> dict[str, float]:
         shift = _read(self.out / "shift" / name / "shift.json")
-        names = ("recovery_original", "recovery_shifted", "consistency", "matched_cosine_gain")
-        return {measure: shift[measure] for measure in names}
+        means = {
+            measure: shift["means"][measure] for measure in ("recovery_original", "recovery_shifted", "consistency")
+        }
+        gain, tested = shift["means"]["delta_cosine"], shift["tests"]["magnitude"]
+        return {**means, "matched_cosine_gain": gain, "shifted_concepts": tested["significant"]}
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -16,10 +15,12 @@ from ..datamodules.images import BadImageError, read_image
 from .command import run_command
 from .report_concepts import dictionary_view
 from .report_dictionaries import Fitted, comparison_view, ordered
+from .report_files import read_json
 from .report_samples import answers_view, captions_view, color_parts
 from .report_scores import facts_view, headline_view, scores_view
-from .report_shift import shift_view
-from .report_values import VARIANTS, Json, Picture, duration, figures, fixed
+from .report_shift import SHIFT, shift_view
+from .report_trajectory import TRAJECTORY, trajectory_view
+from .report_values import VARIANTS, Json, Picture, duration, figures, fixed, get, interval
 
 _THUMBNAIL = 128  # pixels, twice the size at which most are shown
 _SMALL_THUMBNAIL = 96  # there are hundreds of these
@@ -31,8 +32,8 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
     """Write one self-contained page that shows a run to somebody who was not there.
 
     Reads what the folder holds of `results.json`, `samples.json`, `concepts/<name>/concepts.json` with `scores.json`
-    and `causal.json` beside it, `shift/<name>/shift.json`, `captions-<variant>.json` and `answers-<variant>.json`; a
-    section whose file is missing is left out.
+    and `causal.json` beside it, `shift/<name>/shift.json` and `trajectory.json` with their figures,
+    `captions-<variant>.json` and `answers-<variant>.json`; a section whose file is missing is left out.
 
     Args:
         folder: The run folder.
@@ -42,7 +43,7 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
         The file written.
 
     Raises:
-        FileNotFoundError: The folder has neither `results.json` nor a dictionary.
+        FileNotFoundError: The folder has neither `results.json`, nor a dictionary, nor a shift.
         ValueError: A file is no JSON, or not what its name says, or of another dictionary than the one beside it.
     """
     view = _view(folder)
@@ -50,7 +51,13 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
     environment = Environment(
         loader=templates, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"fixed": fixed, "figures": figures, "duration": duration, "color_parts": color_parts}
+    environment.filters |= {
+        "fixed": fixed,
+        "figures": figures,
+        "interval": interval,
+        "duration": duration,
+        "color_parts": color_parts,
+    }
     page = environment.get_template("report.html.jinja").render(view)
     out = folder / "report.html" if out is None else out
     write_whole(out, lambda working: working.write_text(page, encoding="utf-8"))
@@ -86,29 +93,28 @@ class Thumbnails:
         picture.thumbnail((self.longest, self.longest))
         jpeg = io.BytesIO()
         picture.save(jpeg, "JPEG", quality=85)
-        return f"data:image/jpeg;base64,{base64.b64encode(jpeg.getvalue()).decode('ascii')}"
+        return f"data:image/jpeg;base64,{_base64(jpeg.getvalue())}"
 
 
 def _view(folder: Path) -> Json:
     """Everything the template shows, section by section."""
     fitted = _dictionaries(folder / "concepts")
-    results = _results(folder / "results.json", needed=not fitted)
+    shifts = _shifts(folder / "shift")
+    results = _results(folder / "results.json", needed=not fitted and not shifts)
     # Where no dictionary is left, `results.json` still tells something of them.
     dictionaries = fitted or [
         Fitted(name, "", {"words": [], **summary}) for name, summary in results["concepts"].items() if summary
     ]
-    samples = _read(folder / "samples.json") or {}
-    shifts = {
-        path.parent.name: _read(path, "concepts") or {} for path in sorted((folder / "shift").glob("*/shift.json"))
-    }
+    samples = read_json(folder / "samples.json") or {}
     captions = {variant: _predictions(folder / f"captions-{variant}.json") for variant in VARIANTS}
     answers = {variant: _predictions(folder / f"answers-{variant}.json") for variant in VARIANTS}
     pictures, small = Thumbnails(folder), Thumbnails(folder, _SMALL_THUMBNAIL)
     return {
-        "facts": facts_view(results, shifts, captions, answers),
+        "facts": facts_view(results, {one.name: one.shift or one.trajectory for one in shifts}, captions, answers),
         "headline": headline_view(results),
         "scores": scores_view(results),
-        "shifts": [shift_view(_METHOD_NAMES.get(name, name), shift, pictures) for name, shift in shifts.items()],
+        "shifts": [one.head | shift_view(one.shift, pictures) for one in shifts if one.shift],
+        "trajectories": [one.head | trajectory_view(one.trajectory, pictures) for one in shifts if one.trajectory],
         "comparison": comparison_view(dictionaries),
         "dictionaries": [dictionary_view(one, small) for one in dictionaries],
         "captions": captions_view(captions, samples, pictures),
@@ -119,11 +125,12 @@ def _view(folder: Path) -> Json:
 
 def _results(path: Path, needed: bool) -> Json:
     """`results.json`, with every part there."""
-    results = _read(path)
+    results = read_json(path)
     if results is None and needed:
         raise FileNotFoundError(
-            f"{path.parent}: neither results.json nor concepts/*/concepts.json in it; --folder must be one that "
-            "`conceptshift demo` has finished, or in whose concepts/ a DictionaryFitter wrote a dictionary"
+            f"{path.parent}: neither results.json nor concepts/*/concepts.json nor shift/*/shift.json or "
+            "trajectory.json in it; --folder must be one that `conceptshift demo` has finished, or in whose concepts/ "
+            "or shift/ a DictionaryFitter, ShiftMeter or ShiftMonitor wrote"
         )
     results = results or {}
     for key in _RESULTS_KEYS:
@@ -133,13 +140,55 @@ def _results(path: Path, needed: bool) -> Json:
     return results
 
 
+@dataclass(frozen=True)
+class Shift:
+    """What is known of a shift: what `shift.json` and `trajectory.json` hold, and the folder that both lie in."""
+
+    name: str
+    folder: Path
+    shift: Json | None
+    trajectory: Json | None
+
+    @property
+    def head(self) -> Json:
+        """Its title, and its figures as data URIs."""
+        figures = (get(self.shift, "figures") or {}) | (get(self.trajectory, "figures") or {})
+        uris = {name: _figure(self.folder / path) for name, path in figures.items() if path}
+        return {"name": self.name, "title": _METHOD_NAMES.get(self.name, self.name), "figures": uris}
+
+
+def _shifts(folder: Path) -> list[Shift]:
+    """Every shift below a folder."""
+    found = {path.parent for name in ("shift", "trajectory") for path in folder.rglob(f"{name}.json")}
+    return [
+        Shift(
+            path.relative_to(folder).as_posix() if path != folder else folder.name,
+            path,
+            read_json(path / "shift.json", "concepts", shape=SHIFT),
+            read_json(path / "trajectory.json", "points", shape=TRAJECTORY),
+        )
+        for path in sorted(found)
+    ]
+
+
+def _figure(path: Path) -> str | None:
+    """A figure as a data URI: the PNG or the SVG beside it, whichever is lighter; none where both are gone."""
+    kinds = {path.with_suffix(".png"): "png", path.with_suffix(".svg"): "svg+xml"}
+    found = sorted((one for one in kinds if one.is_file()), key=lambda one: one.stat().st_size)
+    return f"data:image/{kinds[found[0]]};base64,{_base64(found[0].read_bytes())}" if found else None
+
+
+def _base64(content: bytes) -> str:
+    return base64.b64encode(content).decode("ascii")
+
+
 def _dictionaries(folder: Path) -> list[Fitted]:
     """Every dictionary below a folder."""
     found = []
     for path in folder.rglob("*/concepts.json"):
-        concepts = _read(path, "words") or {}
-        scores = _read(path.with_name("scores.json"), "scores", "overlap", "methods", "words")
-        causal = _read(path.with_name("causal.json"), "concepts", "left_out")
+        concepts = read_json(path, "words") or {}
+        scores = read_json(path.with_name("scores.json"), "scores", "overlap", "methods", "words")
+        causal = read_json(path.with_name("causal.json"), "concepts", "left_out")
         if scores and scores["words"].get(scores.get("method")) != concepts["words"]:
             raise ValueError(_stale(path.with_name("scores.json"), "GroundingScorer"))
         for row in causal["concepts"] if causal else ():
@@ -156,31 +205,15 @@ def _stale(path: Path, callback: str) -> str:
 
 
 def _predictions(path: Path) -> Json:
-    content = _read(path, "predictions")
+    content = read_json(path, "predictions")
     return {} if content is None else dict(content["predictions"])
-
-
-def _read(path: Path, *keys: str) -> dict[str, Any] | None:
-    """A JSON object that has `keys`, or nothing where there is no such file."""
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: malformed JSON ({error}); run what writes it again, or remove it") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}; run what writes it again")
-    for key in keys:
-        if not isinstance(content.get(key), dict | list):
-            raise ValueError(f"{path}: no {key!r} in it; run what writes it again, or remove it")
-    return content
 
 
 def report(folder: str, out: str | None = None) -> None:
     """Write a run's report: one HTML file that needs nothing else.
 
     Args:
-        folder: The run folder, with its `results.json`, or with dictionaries in its `concepts/`.
+        folder: The run folder, with its `results.json`, dictionaries in its `concepts/`, or shifts in its `shift/`.
         out: File to write; `report.html` in the folder by default.
     """
     print(write_report(Path(folder), None if out is None else Path(out)))

@@ -9,7 +9,7 @@ from itertools import groupby
 from typing import Any
 
 from ..metrics.concept_scores import CAPTIONS
-from .report_values import VARIANT_NAMES, VARIANTS, Json, as_number, figures, fixed, get
+from .report_values import VARIANT_NAMES, VARIANTS, Json, as_number, chance, figures, fixed, get, interval
 
 _MEASURES = (
     # what the row is called, key in `concepts.json`, which is better, digits
@@ -160,11 +160,11 @@ def _score_names(*summaries: Json | None) -> list[str]:
 
 def _mean(one: Fitted, score: str) -> _Value:
     row = get(one.scores, "scores", score, str(get(one.scores, "method")))
-    return _known(get(row, "mean"), 3, _interval(get(row, "interval"), 3))
+    return _known(get(row, "mean"), 3, interval(get(row, "interval"), 3))
 
 
 def _fall(one: Fitted) -> _Value:
-    return _known(get(one.causal, "mean_fall"), 2, _interval(get(one.causal, "mean_fall_interval"), 2))
+    return _known(get(one.causal, "mean_fall"), 2, interval(get(one.causal, "mean_fall_interval"), 2))
 
 
 def _significant(one: Fitted) -> _Value:
@@ -172,10 +172,6 @@ def _significant(one: Fitted) -> _Value:
     if not tried:
         return None, "–", ""
     return count / tried, f"{fixed(count, 0)} of {fixed(tried, 0)}", ""
-
-
-def _interval(interval: Any, digits: int) -> str:
-    return f"[{fixed(interval[0], digits)}, {fixed(interval[1], digits)}]" if interval else ""
 
 
 # --- scores of one dictionary -------------------------------------------------------------------------------
@@ -210,11 +206,11 @@ def _published(published: Json, score: str) -> tuple[str, dict[str, Entry]]:
 
 def _against(row: Json, method: str) -> Entry:
     """A method's mean with its interval, and what the dictionary has more than it."""
-    note, p, ahead = _interval(row.get("interval"), 3), as_number(row.get("p")), as_number(row.get("difference"))
+    note, p, ahead = interval(row.get("interval"), 3), as_number(row.get("p")), as_number(row.get("difference"))
     if p is None or ahead is None:
         return Entry(fixed(row.get("mean"), 3), note)
     # Captions are no rival but the upper bound.
     clear = p < _SIGNIFICANT and method != CAPTIONS
     verdict = ("better" if ahead > 0 else "worse") if clear else "same"
-    said = f"{fixed(ahead, 3, signed=True)}, p {'< 0.001' if p < 0.001 else fixed(p, 3)}"
+    said = f"{fixed(ahead, 3, signed=True)}, p {chance(p)}"
     return Entry(fixed(row.get("mean"), 3), note, verdict, said)

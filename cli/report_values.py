@@ -38,6 +38,17 @@ def figures(value: Any, count: int = 3) -> str:
     return fixed(number, max(0, count - 1 - math.floor(math.log10(abs(number)))) if number else 0)
 
 
+def interval(bounds: Any, digits: int) -> str:
+    """Both ends of an interval, or nothing where there is none: `[0.59, 0.63]`."""
+    return f"[{fixed(bounds[0], digits)}, {fixed(bounds[1], digits)}]" if bounds else ""
+
+
+def chance(p: Any) -> str:
+    """A p-value: `0.032`, `< 0.001`."""
+    number = as_number(p)
+    return "< 0.001" if number is not None and number < 0.001 else fixed(number, 3)
+
+
 def duration(seconds: Any) -> str:
     """Seconds in words: `1 h 02 min`, `3 min 20 s`, `4.2 s`."""
     number = as_number(seconds)

@@ -269,6 +269,7 @@ def test_photographs_are_learned_described_and_read(
     assert [row["references"] for row in content["predictions"].values()] == [
         ["A temple on a hill", "red and gold roofs"], ["A pink flower in a field"]
     ]  # fmt: skip
+    trained = f"--model.destination={tmp_path / 'adapter'}"
     done = predict(tmp_path / "store", trained, root=photographs, split="val", site="projector", selector="image")
     assert done.status == 0, done.err
     store = FeatureStore(tmp_path / "store")

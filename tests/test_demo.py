@@ -49,7 +49,9 @@ def test_results_have_the_promised_form(results: dict[str, Any]) -> None:
     for fitted in results["concepts"].values():
         assert set(fitted) == {"k", "explained_variance", "overlap", "words"}
         assert len(fitted["words"]) == fitted["k"]
-    assert set(results["shift"]) == {"recovery_original", "recovery_shifted", "consistency", "matched_cosine_gain"}
+    assert set(results["shift"]) == {
+        "recovery_original", "recovery_shifted", "consistency", "matched_cosine_gain", "shifted_concepts",
+    }  # fmt: skip
     assert all(math.isfinite(number) for number in _numbers(results))
     assert results["versions"]["conceptshift"]
 
@@ -61,6 +63,7 @@ def test_what_one_should_see(results: dict[str, Any]) -> None:
     assert captioning["steered"]["color_share"] > captioning["original"]["color_share"] + 0.3
     assert shift["recovery_shifted"] > shift["recovery_original"]
     assert shift["matched_cosine_gain"] > 0
+    assert shift["shifted_concepts"] >= 8, "of 10; the others have few samples"
     assert vqa["steered"]["target_answers"] > 1.2 * vqa["original"]["target_answers"]
     for kept in ("number", "other"):
         assert vqa["steered"][kept] > vqa["original"][kept] - 0.05
@@ -81,8 +84,19 @@ def test_tensorboard_shows_losses_scores_concepts_and_their_shift(folder: Path) 
     assert {"loss/train", "loss/val", "caption/CIDEr"} <= set(training.Tags()["scalars"])
     shift = EventAccumulator(str(folder / "logs"))
     shift.Reload()
-    assert {"concepts/original-kmeans", "shift/kmeans"} <= set(shift.Tags()["images"])
+    assert {"concepts/original-kmeans", "shift/kmeans/words"} <= set(shift.Tags()["images"])
     assert "shift/kmeans/magnitude/concept_00" in shift.Tags()["scalars"]
+
+
+def test_concepts_were_watched_while_the_model_trained(folder: Path) -> None:
+    training = EventAccumulator(str(folder / "finetune/logs"))
+    training.Reload()
+    seen = training.Scalars("shift/circle/live/magnitude")
+    assert [event.step for event in seen] == [30, 60, 90, 120]
+    assert all(event.value > 0 for event in seen)
+    path = json.loads((folder / "shift/circle/trajectory.json").read_text())
+    assert path["points"][-1]["means"]["magnitude"] == pytest.approx(seen[-1].value, rel=1e-4)
+    assert len(list((folder / "series").iterdir())) == 4
 
 
 def test_report_shows_the_captions(folder: Path) -> None:

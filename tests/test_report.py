@@ -250,7 +250,7 @@ def test_everything_from_the_run_is_escaped(folder: Path) -> None:
     picture = {"sample_id": EVIL, "image": f'/nowhere/{EVIL[:8]}" onerror="x', "text": f'"{EVIL}'}
     names = {f"words_{name}": [EVIL] for name in ("original", "shifted", "destination")}
     rows = [row | names | {"images_original": [picture], "images_destination": [picture]} for row in shift["concepts"]]
-    change(folder / "shift" / "kmeans" / "shift.json", concepts=rows, site=EVIL, selector=EVIL, pairs=EVIL)
+    change(folder / "shift" / "kmeans" / "shift.json", concepts=rows, site=EVIL, selector=EVIL, method=EVIL)
     for variant in ("original", "destination", "steered"):
         caption = {"text": f"red {EVIL}", "references": [EVIL]}
         _write(folder / f"captions-{variant}.json", {"predictions": {EVIL: caption}})

@@ -291,7 +291,7 @@ def test_the_folder_must_have_something(tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["report", "--folder", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert f"{tmp_path}: neither results.json nor concepts/*/concepts.json in it; --folder must be" in error
+    assert f"{tmp_path}: neither results.json nor concepts/*/concepts.json nor shift/*/shift.json" in error
     dictionary(tmp_path, "a")
     assert main(["report", "--folder", str(tmp_path)]) == 0
 

@@ -159,7 +159,7 @@ def test_what_tensorboard_shows(fit: Run, shapes: Path, tmp_path: Path) -> None:
     live = events.Scalars("shift/words/live/magnitude")
     assert live[0].value < live[1].value
     assert live[1].value == pytest.approx(read(out / "shift.json")["means"]["magnitude"], rel=1e-5)
-    assert [event.step for event in events.Scalars("shift/words/trajectory/aligned")] == [2, 4]
+    assert [event.step for event in events.Scalars("shift/words/aligned")] == [2, 4]
     assert 0 < events.Scalars("shift/words/live/cost")[-1].value < 1
     assert "shift/words/live/pictures" in tags["images"]
     for figure in ("words", "recovery", "samples", "trajectory"):

@@ -23,7 +23,7 @@ from .shift_figures import (
     words_figure,
 )
 from .shift_measure import LEVEL, Moved, ShiftMeasure, ShiftOptions
-from .trajectory import trajectory
+from .trajectory import point, trajectory
 
 _PER_CONCEPT = (
     "recovery_original", "recovery_shifted", "recovery_gain", "image_recovery_original", "image_recovery_shifted",
@@ -77,15 +77,16 @@ def write_shift(
         {"site": measure.site, "selector": measure.selector, "destination": name, "features": store.metadata},
     )
     write_json(out / "shift.json", summary)
+    points = [point(name, 0, moved, moved)]
     if len(checkpoints) > 1:
         path = {**about, **trajectory(measure, checkpoints)}
+        points = path["points"]
         figures["trajectory"] = trajectory_figure(path)
         path["figures"] = save_figures({"trajectory": figures["trajectory"]}, out)
         write_json(out / "trajectory.json", path)
-        if writer is not None:
-            for point in path["points"]:
-                show_point(writer, f"{out.name}/trajectory", point, point["step"])
     if writer is not None:
+        for seen in points:
+            show_point(writer, out.name, seen)
         for figure, drawn in figures.items():
             writer.add_figure(f"shift/{out.name}/{figure}", drawn)
     tests, means = summary["tests"]["magnitude"], summary["means"]
@@ -96,22 +97,22 @@ def write_shift(
     return summary
 
 
-def show_point(writer: Any, name: str, point: Mapping[str, Any], step: int) -> None:
+def show_point(writer: Any, name: str, seen: Mapping[str, Any]) -> None:
     """Show one checkpoint of a trajectory in TensorBoard: a number a concept and measure, and words as text.
 
     Args:
         writer: TensorBoard's writer.
         name: Name of the shift, and what is shown of it.
-        point: What `trajectory` says of the checkpoint, or a part of it.
-        step: Its training step.
+        seen: What `trajectory` says of the checkpoint, or a part of it.
     """
-    for measure, mean in point["means"].items():
+    step = seen["step"]
+    for measure, mean in seen["means"].items():
         writer.add_scalar(f"shift/{name}/{measure}", mean, step)
-    for row in point["concepts"]:
-        for measure in point["means"]:
+    for row in seen["concepts"]:
+        for measure in seen["means"]:
             if row[measure] is not None:
                 writer.add_scalar(f"shift/{name}/{measure}/concept_{row['concept']:02d}", row[measure], step)
-    words = "\n".join(f"| {row['concept']} | {' '.join(row['words_shifted'])} |" for row in point["concepts"])
+    words = "\n".join(f"| {row['concept']} | {' '.join(row['words_shifted'])} |" for row in seen["concepts"])
     writer.add_text(f"shift/{name}/words", f"| concept | words |\n|---|---|\n{words}", step)
 
 
