@@ -158,10 +158,10 @@ def _top_tokens(
 ) -> list[dict[int, float]]:
     """Logits of the tokens with the largest ones by id, best first, ties by id: K mappings of `candidates` at most."""
     tops: list[dict[int, float]] = []
-    for rows in U.split(_ROW_CHUNK):
+    for rows in torch.split(U, _ROW_CHUNK):
         states = rows.to(unembedding)
         states = as_rows(states if norm is None else norm(states), "norm(U)")
-        logits = torch.cat([states @ chunk.float().T for chunk in unembedding.split(_TOKEN_CHUNK)], dim=1)
+        logits = torch.cat([states @ chunk.float().T for chunk in torch.split(unembedding, _TOKEN_CHUNK)], dim=1)
         tops += _largest(as_rows(logits, "logits"), candidates)
     return tops
 

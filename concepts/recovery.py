@@ -7,7 +7,7 @@ Paper: Analyzing Fine-tuning Representation Shift (arXiv 2501.03012), section 3.
 
 from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Generic, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,9 +18,11 @@ from ._validation import as_rows
 from .intervals import mean_intervals
 from .matching import match_concepts
 
+_T = TypeVar("_T", covariant=True)
 
-class Groundings(NamedTuple):
-    """What concepts are grounded in: the words of each, or the ids of the pictures that activate it most.
+
+class Groundings(NamedTuple, Generic[_T]):
+    """What concepts are grounded in: the words of each, or the pictures that activate it most.
 
     Attributes:
         original: of each original concept, K collections.
@@ -28,9 +30,9 @@ class Groundings(NamedTuple):
         destination: of each destination concept, K_b collections.
     """
 
-    original: Sequence[Collection[Hashable]]
-    shifted: Sequence[Collection[Hashable]]
-    destination: Sequence[Collection[Hashable]]
+    original: Sequence[_T]
+    shifted: Sequence[_T]
+    destination: Sequence[_T]
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,8 +157,8 @@ def recovery(
     U_shifted: Tensor,
     U_b: Tensor,
     empty: Tensor,
-    words: Groundings,
-    images: Groundings | None = None,
+    words: Groundings[Collection[Hashable]],
+    images: Groundings[Collection[Hashable]] | None = None,
     method: Literal["bijective", "nearest"] = "bijective",
 ) -> Recovery:
     """Compare shifted and original concepts with their counterparts in the destination model.
@@ -197,7 +199,9 @@ def recovery(
     )
 
 
-def _overlaps(found: Groundings, matching: Tensor, n_destination: int, name: str) -> tuple[Tensor, Tensor]:
+def _overlaps(
+    found: Groundings[Collection[Hashable]], matching: Tensor, n_destination: int, name: str
+) -> tuple[Tensor, Tensor]:
     """T-Overlap of the original and of the shifted concepts with their counterparts, [K] each."""
     for part, n in (("original", len(matching)), ("shifted", len(matching)), ("destination", n_destination)):
         if len(getattr(found, part)) != n:

@@ -186,7 +186,7 @@ def test_the_same_numbers_as_computed_directly(store: Callable[..., Path], measu
         )  # fmt: skip
         assert done.status == 0, done.err
         original = load_dictionary(tmp_path / "shift-original" / "dictionary.safetensors")
-        wanted = concept_shift(Z, B, original.assign(Z), 4, average)  # type: ignore[arg-type]
+        wanted = concept_shift(Z, B, original.assign(Z), 4, average)
         found, metadata = load_shift(tmp_path / "shift" / "shift.safetensors")
         torch.testing.assert_close(found.vectors, wanted.vectors)
         assert metadata["destination"] == "destination"

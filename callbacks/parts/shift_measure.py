@@ -96,8 +96,8 @@ class Moved:
     lengths: Tensor
     shift: ConceptShift
     U: tuple[Tensor, Tensor, Tensor]
-    words: Groundings
-    pictures: Groundings
+    words: Groundings[list[str]]
+    pictures: Groundings[list[dict[str, Any]]]
     found: Recovery
 
 
@@ -147,7 +147,7 @@ class ShiftMeasure:
         U_s = shift.shifted(U_a, self.options.alpha, lengths)
         # In one go: preparing the list of words takes longer than reading a few concepts.
         each = self.words(torch.cat([U_a, U_s, U_b]))
-        words = Groundings(*(each[start : start + len(U_a)] for start in (0, len(U_a))), each[2 * len(U_a) :])
+        words = Groundings(each[: len(U_a)], each[len(U_a) : 2 * len(U_a)], each[2 * len(U_a) :])
         shown = (
             self._pictures(self.original, pairs.a),
             self._pictures(self.original.with_concepts(U_s), pairs.b),
