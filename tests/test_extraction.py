@@ -266,7 +266,7 @@ def test_a_zero_adapter_shifts_nothing(predict: Run, tmp_path: Path, zero_adapte
         assert original[0] == destination[0]
         assert torch.equal(original[1], destination[1]), selector
     shift = json.loads((tmp_path / "shift" / "shift.json").read_text())
-    assert shift["magnitude"] == 0
+    assert shift["means"]["magnitude"] == 0
     assert [concept["magnitude"] for concept in shift["concepts"]] == [0, 0, 0]
     assert sum(concept["samples"] for concept in shift["concepts"]) == shift["pairs"]
     dictionaries = [load_dictionary(tmp_path / name / "dictionary.safetensors") for name in ("original", "destination")]

@@ -239,7 +239,7 @@ def test_each_variant_has_its_own_maps(backbone: VisionLanguageModel, found: Any
             if "lora_B" in name:
                 parameter.normal_(std=0.3)
     heat_maps(backbone, U, "lm.block.2", pictures, samples, tmp_path / "original")
-    heat_maps(backbone, U, "lm.block.2", pictures, samples, tmp_path / "destination", variant="destination")
+    heat_maps(backbone, U, "lm.block.2", pictures, samples, tmp_path / "destination", variant="default")
     plain, original, destination = (
         [path.read_bytes() for path in sorted((tmp_path / name).rglob("*.jpg"))]
         for name in ("plain", "original", "destination")

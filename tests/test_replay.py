@@ -121,7 +121,7 @@ def test_replay_makes_what_the_run_with_the_model_made(replay: Run, extracted: P
         assert torch.equal(dictionaries[0].dictionary, dictionaries[1].dictionary)
         assert dictionaries[0].metadata == dictionaries[1].metadata
     shift = same_json(tmp_path / "shift" / "shift.json", live / "shift" / "shift.json")
-    assert shift["magnitude"] > 0
+    assert shift["means"]["magnitude"] > 0
     vectors = [load_shift(folder / "shift" / "shift.safetensors")[0].vectors for folder in (tmp_path, live)]
     torch.testing.assert_close(vectors[0], vectors[1], rtol=0, atol=0, equal_nan=True)
     steering = [load_steering_vector(folder / "vector.safetensors") for folder in (tmp_path, live)]

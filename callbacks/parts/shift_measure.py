@@ -23,6 +23,7 @@ from ...concepts import (
     strongest,
     t_overlap,
 )
+from ...concepts.intervals import around
 from ...datamodules.stored_features import held_out_ids
 from ...lightning_modules.backbone.readout import Readout
 from .concept_states import ConceptStates
@@ -201,8 +202,8 @@ class ShiftMeasure:
         """Recovery of words: a gain counts only where it is one, as in the tests of vectors."""
         before = moved.found.recovery_original.cpu()
         gain = moved.found.recovery_gain.cpu().clamp_min(0)
-        ends = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-        interval = self._recovered(moved, "bootstrap").quantile(ends, dim=0).T
+        shifted = moved.found.recovery_shifted.cpu()
+        interval = around(self._recovered(moved, "bootstrap"), shifted, LEVEL).clamp(0, 100)
         into.intervals.update(recovery_shifted=interval, recovery_gain=interval - before[:, None])
         for test, null in (
             ("words_pairing", self._recovered(moved, "pairing")),
