@@ -158,7 +158,7 @@ class Shift:
 
 
 def _shifts(folder: Path) -> list[Shift]:
-    """Every shift below a folder."""
+    """Every shift below a folder; those over a training, whose last is often known from others, come after them."""
     found = {path.parent for name in ("shift", "trajectory") for path in folder.rglob(f"{name}.json")}
     return [
         Shift(
@@ -167,7 +167,7 @@ def _shifts(folder: Path) -> list[Shift]:
             read_json(path / "shift.json", "concepts", shape=SHIFT),
             read_json(path / "trajectory.json", "points", shape=TRAJECTORY),
         )
-        for path in sorted(found)
+        for path in sorted(found, key=lambda path: ((path / "trajectory.json").is_file(), path))
     ]
 
 

@@ -17,15 +17,15 @@ _SIGNIFICANT = 0.05
 # What changes from original to shifted: name, digits, keys in `means` of both and of the gain.
 _CHANGES = (
     ("Recovery of words, %", 1, "recovery_original", "recovery_shifted", "recovery_gain"),
-    ("Recovery of pictures, %", 1, "image_recovery_original", "image_recovery_shifted", ""),
+    ("Recovery of pictures, %", 1, "image_recovery_original", "image_recovery_shifted", "image_recovery_gain"),
     ("Cosine to the matched concept", 3, "cosine_original", "cosine_shifted", "delta_cosine"),
-    ("Distance to the matched concept", 3, "l2_original", "l2_shifted", "delta_l2"),
+    ("Distance to the matched concept", 1, "l2_original", "l2_shifted", "delta_l2"),
 )
 _SINGLES = (
     ("Consistency: mean cosine of the samples’ shifts with Δ", 3, "consistency"),
     ("Mean cosine between the shifts of two samples", 3, "pairwise_cosine"),
-    ("Magnitude of Δ", 3, "magnitude"),
-    ("Mean magnitude of the samples’ shifts", 3, "mean_magnitude"),
+    ("Magnitude of Δ", 1, "magnitude"),
+    ("Mean magnitude of the samples’ shifts", 1, "mean_magnitude"),
     ("Gain of cosine, relative to the original’s", 3, "delta_cosine_normalised"),
     ("Fall of distance, relative to the original’s", 3, "delta_l2_normalised"),
 )
@@ -206,7 +206,7 @@ def _changes(shift: Json) -> list[tuple[str, Value, Value, Value]]:
         if values == [None, None]:
             continue
         # The gain of a distance is its fall.
-        rise = _mean(shift, gain) if gain else None
+        rise = _mean(shift, gain)
         rise = difference(values[1], values[0]) if rise is None and gain != "delta_l2" else rise
         bounds = [interval(get(shift, "intervals", key), digits) for key in (before, after, gain)]
         was, is_now = (Value(fixed(value, digits), note) for value, note in zip(values, bounds, strict=False))

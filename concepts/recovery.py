@@ -69,6 +69,13 @@ class Recovery:
         return self.recovery_shifted - self.recovery_original
 
     @property
+    def image_recovery_gain(self) -> Tensor | None:
+        """The same gain of pictures, [K]; None without pictures."""
+        if self.image_recovery_original is None or self.image_recovery_shifted is None:
+            return None
+        return self.image_recovery_shifted - self.image_recovery_original
+
+    @property
     def delta_cosine(self) -> Tensor:
         """Gain of cosine, shifted − original, [K]; positive is nearer."""
         return self.cosine_shifted - self.cosine_original
@@ -118,6 +125,7 @@ class Recovery:
             "recovery_gain",
             "image_recovery_original",
             "image_recovery_shifted",
+            "image_recovery_gain",
             "cosine_original",
             "cosine_shifted",
             "delta_cosine",
