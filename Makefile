@@ -10,8 +10,9 @@ LINK := $(VENV)/src/conceptshift
 demo: $(VENV)/.installed
 	$(BIN)/conceptshift demo --out checkpoints/demo
 
+# Two processes with a core each are faster than one with two: most of the models are tiny.
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 check: $(VENV)/.installed-test $(LINK)
 	$(BIN)/ruff check .
