@@ -3,22 +3,37 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_warn
 
+from ..datamodules.stored_features import replacing
 from ..lightning_modules.backbone.destinations import step_of
 from ..lightning_modules.base import BackboneModule
+from .parts.processes import SHARDING
+
+# Every export has one of the first two; the others are what PEFT, models, processors and tokenizers write beside them.
+_HEADS = ("adapter_config.json", "config.json")
+_EXPORTED = (
+    *_HEADS, "adapter_model.*", "base_model.json", "README.md", "generation_config.json", "model*.safetensors",
+    "model.safetensors.index.json", "*processor_config.json", "tokenizer*", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.*", "additional_chat_templates", "vocab.*", "merges.txt", "*.model",
+)  # fmt: skip
 
 
 class ModelExport(Callback):
     """Writes the adapter in PEFT's layout, or after full fine-tuning the whole model: at the end, or as a series.
 
+    An export is whole or not there, and replaces an earlier one in its folder.
+
     Args:
         folder: Where to write. `PeftModel.from_pretrained` or `from_pretrained` loads it, and so does
-            `--model.init_args.destination`, `.adapter` or `.model_id`.
+            `--model.init_args.destination`, `.adapter` or `.model_id`. Anything else in it is refused.
         every_n_steps: Write a series instead: `step-000060`, `step-000120`, … in `folder`, and where training ends. As
             `--model.init_args.destination`, the folder gives the trajectory of the shift.
     """
@@ -39,11 +54,24 @@ class ModelExport(Callback):
         """Refuse what could not be done at the end."""
         if not isinstance(pl_module, BackboneModule):
             raise TypeError(f"ModelExport exports a FineTuning module, got {type(pl_module).__name__}")
+        if stage != "fit":
+            return
+        if isinstance(trainer.strategy, SHARDING):
+            raise ValueError(
+                f"ModelExport cannot write a model that {type(trainer.strategy).__name__} has in pieces; use "
+                "--trainer.strategy ddp, or leave ModelExport out"
+            )
+        for folder in [self.folder] if self.every_n_steps is None else self._series():
+            if odd := _foreign(folder):
+                raise ValueError(
+                    f"{folder}: ModelExport would replace it, but {odd} is no part of an export; move that away, or "
+                    "choose another folder"
+                )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Forget checkpoints of an earlier run, which would be taken for some of this one."""
         if self.every_n_steps is not None and trainer.is_global_zero:
-            for path in self.folder.glob("step-*"):
+            for path in self._series():
                 if (step_of(path.name) or 0) > trainer.global_step:
                     shutil.rmtree(path)
 
@@ -52,8 +80,8 @@ class ModelExport(Callback):
     ) -> None:
         """Write one checkpoint of a series."""
         step = trainer.global_step
-        # With accumulated gradients several batches end at one step.
-        if self.every_n_steps is not None and step % self.every_n_steps == 0 and step != self._written:
+        # With accumulated gradients several batches end at one step, the first of them at step 0.
+        if self.every_n_steps is not None and step % self.every_n_steps == 0 and step not in (0, self._written):
             self._write(trainer, pl_module, self.folder / _name(step))
             self._written = step
 
@@ -64,19 +92,28 @@ class ModelExport(Callback):
         elif trainer.global_step != self._written and trainer.global_step > 0:
             self._write(trainer, pl_module, self.folder / _name(trainer.global_step))
 
+    def _series(self) -> list[Path]:
+        return [path for path in sorted(self.folder.glob("step-*")) if step_of(path.name) is not None]
+
     def _write(self, trainer: L.Trainer, pl_module: L.LightningModule, folder: Path) -> None:
         assert isinstance(pl_module, BackboneModule)
         if not trainer.is_global_zero:
             return
-        if self.every_n_steps is None:
-            pl_module.backbone.save(folder)
-            return
-        # Whole or not at all: a series is read by what lies in its folder.
-        working = folder.with_name(f".{folder.name}.part")
-        shutil.rmtree(working, ignore_errors=True)
-        pl_module.backbone.save(working)
-        shutil.rmtree(folder, ignore_errors=True)
-        working.rename(folder)
+        if odd := _foreign(folder):
+            # It came while the model was trained; neither is to be lost.
+            beside = tempfile.mkdtemp(prefix=f"{folder.name}-", dir=folder.parent)
+            rank_zero_warn(f"ModelExport: {odd} has come into {folder}; the export is in {beside} instead")
+            folder = Path(beside)
+        with replacing(folder) as working:
+            pl_module.backbone.save(working)
+
+
+def _foreign(folder: Path) -> str | None:
+    """Name of something in a folder that no export has, if there is any."""
+    names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    if names and not set(names) & set(_HEADS):
+        return names[0]
+    return next((name for name in names if not any(fnmatch(name, pattern) for pattern in _EXPORTED)), None)
 
 
 def _name(step: int) -> str:

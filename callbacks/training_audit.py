@@ -11,7 +11,6 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.nn import Parameter
 from torch.optim import Optimizer
@@ -20,11 +19,10 @@ from ..datamodules.files import write_json
 from ..lightning_modules import FineTuning
 from ..lightning_modules.backbone.parts import PARTS, Part, enclosing, part_finder
 from .parts.figures import tensorboard
-from .parts.processes import gather
+from .parts.processes import SHARDING, gather
 
 # After so many backward passes behind the first step, zero gradients are no accident: a gradient scaler skips fewer.
 _PASSES = 10
-_SHARDING = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
 
 
 @dataclass
@@ -67,7 +65,7 @@ class TrainingAudit(Callback):
         """Show what is trained."""
         if not isinstance(pl_module, FineTuning):
             raise TypeError(f"TrainingAudit audits a FineTuning module, got {type(pl_module).__name__}")
-        self._watching = not isinstance(trainer.strategy, _SHARDING)
+        self._watching = not isinstance(trainer.strategy, SHARDING)
         if not self._watching:
             rank_zero_warn(
                 f"TrainingAudit: {type(trainer.strategy).__name__} shards parameters and their gradients, which "

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +14,7 @@ from tqdm import tqdm
 
 from .. import __version__
 from ..datamodules.foreign_features import ForeignFeatures, sample_ids
-from ..datamodules.stored_features import FeatureShardWriter, FeatureStore, Row, begin_store, merge_store
+from ..datamodules.stored_features import FeatureShardWriter, FeatureStore, Row, begin_store, merge_store, replacing
 from ..lightning_modules import VisionLanguageModel
 from ..lightning_modules.backbone import Selector
 from ..lightning_modules.backbone.destinations import DESTINATION, ORIGINAL
@@ -96,20 +94,13 @@ def import_features(
     metadata = _metadata(backbone, variants, selector)
     target = Path(out)
     _check_target(target, metadata)
-    # Under another name until it is complete.
-    working = target.with_name(f".{target.name}.part")
-    begin_store(working, metadata, resumed=False, overwrite=True)
-    try:
+    with replacing(target) as working:
+        begin_store(working, metadata, resumed=False, overwrite=True)
         Readout.from_model(backbone).save(working)
         writer = FeatureShardWriter(working, 0, _SHARD_ROWS)
         for variant in variants:
             _write(writer, variant, selector, images)
         merge_store(working)
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(working, target)
-    finally:
-        shutil.rmtree(working, ignore_errors=True)
     print(_summary(variants, target))
 
 

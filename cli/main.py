@@ -24,6 +24,11 @@ COMMANDS = {
     "sites": ("sites", "list the sites of a model"),
     "demo": ("demo", "run the whole job on the embedded data set and write a report"),
 }
+# How jsonargparse tells what else it tried, and what it was given.
+_NOISE = (
+    "Does not validate", "Subtypes:", "Errors:", "Given value", "Expected a <class 'NoneType'>", "Expected a path but",
+    "Not a valid subclass", "Subclass types", "a class path (str)", "a dict with",
+)  # fmt: skip
 
 
 def overview() -> str:
@@ -57,12 +62,23 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _one_line(message: str) -> str:
     """What matters in an error's message of several lines."""
-    lines = [line.strip().removeprefix("- ") for line in message.strip().splitlines() if line.strip()] or ["failed"]
+    given = [line for line in message.splitlines() if line.strip()] or ["failed"]
+    lines = [line.strip().removeprefix("- ") for line in given]
     if any(line.startswith(("Parser key", "Given value")) for line in lines):
-        # jsonargparse tells everything that it tried.
-        noise = ("Does not validate", "Subtypes:", "Errors:", "Given value", "Expected a <class 'NoneType'>")
-        return " ".join(dict.fromkeys(line for line in lines if not line.startswith(noise)))
+        return _innermost(lines, [len(line) - len(line.lstrip()) for line in given])
     if lines[0].startswith("Problems parsing config"):
         return " ".join(lines)
     # A loader process wraps an error in its traceback; the last line is the error itself, behind its class.
     return re.sub(r"^[\w.]+Error: ", "", lines[-1])
+
+
+def _innermost(lines: Sequence[str], depths: Sequence[int]) -> str:
+    """The deepest reason in what jsonargparse tells of everything that it tried, behind the keys that lead there."""
+    is_reason = [not line.startswith(_NOISE) for line in lines]
+    at = max(range(len(lines)), key=lambda line: (is_reason[line], depths[line], -line))
+    chain, depth = [lines[at]], depths[at]
+    for line in range(at - 1, -1, -1):
+        if depths[line] < depth:
+            depth = depths[line]
+            chain += [lines[line]] if is_reason[line] else []
+    return re.sub(r"Parser key \"(.+?)\":|Problem with given class_path '(.+?)':", r"\1\2:", " ".join(reversed(chain)))

@@ -137,6 +137,14 @@ class PictureDataModule(L.LightningDataModule, ABC):
             training: Whether the samples are to be learned from.
         """
 
+    def filters(self, training: bool) -> list[str]:
+        """Names of the options that may have left samples out, for messages.
+
+        Args:
+            training: Whether the samples are to be learned from.
+        """
+        return []
+
     def setup(self, stage: str) -> None:
         """Read the annotation files of a stage."""
         data_folder(self.root)
@@ -163,7 +171,9 @@ class PictureDataModule(L.LightningDataModule, ABC):
         for split in self.splits[stage].split("+"):
             samples += self.read(split, training=stage == "fit")
         if not samples:
-            raise ValueError(f"{self.root}: split {self.splits[stage]!r} has no samples for `{stage}`")
+            filters = " and ".join(self.filters(training=stage == "fit"))
+            with_words = f" with words of {filters}; choose others" if filters else ""
+            raise ValueError(f"{self.root}: split {self.splits[stage]!r} has no samples for `{stage}`{with_words}")
         return samples[: self.limit]
 
     def train_dataloader(self) -> DataLoader[Item]:

@@ -75,6 +75,11 @@ class CaptionDataModule(PictureDataModule):
             "reference_words": None if self.reference_words is None else sorted(self.reference_words),
         }
 
+    def filters(self, training: bool) -> list[str]:
+        """`caption_words` and `reference_words`, as far as they are given and apply."""
+        words = {"caption_words": self.caption_words if training else None, "reference_words": self.reference_words}
+        return [name for name, given in words.items() if given is not None]
+
     def read(self, split: str, training: bool) -> list[Sample]:
         """Read one split; see the class for what a sample is."""
         path = self.root / self.annotations

@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 _SAVE_AGAIN = "where you trust it, load it and save its tensors, lists, dicts and strings again with torch.save"
@@ -62,15 +63,12 @@ class ForeignFeatures:
         images = [_string(path, "image", row, value) for row, value in enumerate(_entries(path, content, "image"))]
         said = _entries(path, content, "model_predictions") if "model_predictions" in content else [""] * len(states)
         texts = [_string(path, "model_predictions", row, value) for row, value in enumerate(said)]
-        mask = _mask(path, content["token_of_interest_mask"]) if "token_of_interest_mask" in content else None
-        columns = {"image": images, "model_predictions": texts, "token_of_interest_mask": mask}
-        for key, values in columns.items():
-            if values is not None and len(values) != len(states):
-                raise ValueError(
-                    f"{path}: {len(values)} entries in {key!r}, but {len(states)} in 'hidden_states'; expected one a "
-                    "sample"
-                )
-        chosen = [row for row in range(len(states)) if mask is None or mask[row]]
+        _check_length(path, "image", images, states)
+        _check_length(path, "model_predictions", texts, states)
+        chosen = list(range(len(states)))
+        if "token_of_interest_mask" in content:
+            mask = _mask(path, content["token_of_interest_mask"], states)
+            chosen = [row for row in chosen if mask[row]]
         if not chosen:
             raise ValueError(
                 f"{path}: 'token_of_interest_mask' is true for none of {len(states)} samples; extract another word"
@@ -105,13 +103,15 @@ def sample_ids(files: Sequence[ForeignFeatures]) -> list[list[str]]:
         files: The files.
 
     Returns:
-        For each file the id of each row: the picture's file name, or its path as it is where file names repeat.
+        For each file the id of each row: the picture's file name, or its path as it is where file names repeat. Where
+        rows of one name are in folders of different names, a warning tells.
 
     Raises:
         ValueError: A picture is in several rows of a file.
     """
     names = [[PurePosixPath(image).name for image in file.images] for file in files]
     if all(len(set(of_file)) == len(of_file) for of_file in names):
+        _warn_of_other_folders(files, names)
         return names
     for file in files:
         rows_of: dict[str, int] = {}
@@ -124,13 +124,30 @@ def sample_ids(files: Sequence[ForeignFeatures]) -> list[list[str]]:
     return [file.images for file in files]
 
 
+def _warn_of_other_folders(files: Sequence[ForeignFeatures], names: Sequence[Sequence[str]]) -> None:
+    """Rows of the same file name may be of different pictures, as in `train2014/1.jpg` and `val2014/1.jpg`."""
+    first = dict(zip(names[0], files[0].images, strict=True))
+    for file, of_file in zip(files[1:], names[1:], strict=True):
+        pairs = [(first[name], image) for name, image in zip(of_file, file.images, strict=True) if name in first]
+        odd = [pair for pair in pairs if len({PurePosixPath(image).parent.name for image in pair} - {""}) > 1]
+        if odd:
+            rank_zero_warn(
+                f"{file.path}: {len(odd)} of {len(pairs)} rows are paired by file name with rows of {files[0].path} "
+                f"though their folders differ, e.g. {odd[0][0]} and {odd[0][1]}; if these are different pictures, "
+                "extract both files from the same folder"
+            )
+
+
 def _load(path: Path) -> Any:
     if not path.is_file():
         raise ValueError(f"{path}: no such file; give a .pth file that XL-VLMs wrote")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what torch warns of is refused below
-            return torch.load(path, weights_only=True, map_location="cpu", mmap=_can_be_mapped(path))
+        zipped = zipfile.is_zipfile(path)  # torch before 1.6 wrote another format, which cannot be mapped
+        compressed = zipped and _is_compressed(path)
+        if not compressed:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what torch warns of is refused below
+                return torch.load(path, weights_only=True, map_location="cpu", mmap=zipped)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+)", str(error))
         what = (
@@ -139,18 +156,22 @@ def _load(path: Path) -> Any:
         raise ValueError(f"{path}: refused, because {what}; nothing was executed; {_SAVE_AGAIN}") from error
     except Exception as error:
         # Each of torch's readers fails in ways of its own on what is cut off, OSError and IndexError among them.
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"{path}: truncated, damaged, or not written by torch.save ({first}); copy it again"
+            f"{path}: truncated, damaged, or not written by torch.save{_reason(error)}; copy it again"
         ) from error
+    # torch.save never compresses; how much memory it would take, the size of the file does not tell.
+    raise ValueError(f"{path}: is compressed; {_SAVE_AGAIN}")
 
 
-def _can_be_mapped(path: Path) -> bool:
-    """Whether tensors can stay on disk: not in the format of old releases, nor where somebody has compressed them."""
-    if not zipfile.is_zipfile(path):
-        return False
+def _is_compressed(path: Path) -> bool:
     with zipfile.ZipFile(path) as archive:
-        return all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
+        return any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error in brackets; nothing where it is a bare number or that of a system call."""
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f" ({first})" if re.search(r"[A-Za-z]", first) and not first.startswith("[Errno") else ""
 
 
 def _entries(path: Path, content: Mapping[Any, Any], key: str) -> list[Any]:
@@ -164,6 +185,13 @@ def _entries(path: Path, content: Mapping[Any, Any], key: str) -> list[Any]:
     return list(entries)
 
 
+def _check_length(path: Path, key: str, values: Sequence[Any] | Tensor, states: Sequence[Any]) -> None:
+    if len(values) != len(states):
+        raise ValueError(
+            f"{path}: {len(values)} entries in {key!r}, but {len(states)} in 'hidden_states'; expected one a sample"
+        )
+
+
 def _string(path: Path, key: str, row: int, value: Any) -> str:
     only = value[0] if isinstance(value, list | tuple) and len(value) == 1 else value
     if not isinstance(only, str):
@@ -173,15 +201,17 @@ def _string(path: Path, key: str, row: int, value: Any) -> str:
     return only
 
 
-def _mask(path: Path, mask: Any) -> list[bool]:
+def _mask(path: Path, mask: Any, states: Sequence[Any]) -> list[bool]:
     where = f"{path}: 'token_of_interest_mask'"
-    if isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.ndim == 1:
-        return [bool(entry) for entry in mask.tolist()]
-    if not isinstance(mask, list | tuple):
+    of_tensor = isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.ndim == 1 and _is_stored(mask)
+    if not of_tensor and not isinstance(mask, list | tuple):
         raise ValueError(f"{where} must be a boolean tensor [N] or a list of booleans, got {_described(mask)}")
+    _check_length(path, "token_of_interest_mask", mask, states)
+    if of_tensor:
+        return [bool(entry) for entry in mask.tolist()]
     for row, entry in enumerate(mask):
-        of_tensor = isinstance(entry, Tensor) and entry.dtype == torch.bool and entry.numel() == 1
-        if not of_tensor and not isinstance(entry, bool):
+        is_scalar = isinstance(entry, Tensor) and entry.dtype == torch.bool and entry.numel() == 1
+        if not is_scalar and not isinstance(entry, bool):
             raise ValueError(f"{where} of row {row} must be one boolean, got {_described(entry)}")
     return [bool(entry) for entry in mask]
 
@@ -213,11 +243,19 @@ def _widths(path: Path, states: Sequence[Any]) -> dict[str, int]:
 def _is_state(state: Any) -> bool:
     return (
         isinstance(state, Tensor)
-        and state.layout is torch.strided
-        and state.device.type == "cpu"
+        and _is_stored(state)
         and state.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
         and state.ndim in (2, 3)
         and state.numel() == state.shape[-1] > 0
+    )
+
+
+def _is_stored(value: Tensor) -> bool:
+    """Whether every value has its own place in memory: a few bytes can be told to be seen as any number of them."""
+    return (
+        value.layout is torch.strided
+        and value.device.type == "cpu"
+        and value.untyped_storage().nbytes() >= value.numel() * value.element_size()
     )
 
 

@@ -27,6 +27,7 @@ WORD_CLASSES: dict[str, frozenset[str]] = {
 }
 
 _WORD = re.compile(r"[^\W\d_]+")
+_ONE_WORD = "give single words of letters alone, for texts are cut at everything else"
 
 
 def word_class(words: str | Iterable[str]) -> frozenset[str]:
@@ -37,7 +38,7 @@ def word_class(words: str | Iterable[str]) -> frozenset[str]:
             words themselves.
 
     Raises:
-        ValueError: No class has that name, there is no word, or a line of the file has more than one.
+        ValueError: No class has that name, there is no word, or one that no text has: words are of letters alone.
         OSError: The file cannot be read.
     """
     if isinstance(words, str):
@@ -53,6 +54,9 @@ def word_class(words: str | Iterable[str]) -> frozenset[str]:
     listed = frozenset(word.lower() for word in words)
     if not listed:
         raise ValueError("a word class needs at least one word, got an empty list")
+    for word in sorted(listed):
+        if not _WORD.fullmatch(word):
+            raise ValueError(f"word list: {word!r} would never be found; {_ONE_WORD}")
     return listed
 
 
@@ -73,8 +77,8 @@ def _read_words(path: Path) -> frozenset[str]:
         reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
         raise OSError(f"word list {path}: cannot be read ({reason}); give a .txt file with one word a line") from error
     for number, line in enumerate(lines, 1):
-        if len(line.split()) > 1:
-            raise ValueError(f"word list {path}, line {number}: expected one word, got {line.strip()!r}")
+        if line.strip() and not _WORD.fullmatch(line.strip().lower()):
+            raise ValueError(f"word list {path}, line {number}: {line.strip()!r} would never be found; {_ONE_WORD}")
     if not any(line.strip() for line in lines):
         raise ValueError(f"word list {path}: has no word; give a .txt file with one word a line")
     return frozenset(line.strip().lower() for line in lines if line.strip())

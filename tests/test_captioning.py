@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from conceptshift.datamodules import BadImageError, CaptionDataModule, SkippedSample, word_class
 from conceptshift.datamodules.base import _Collate, _Pictures
 from conceptshift.datamodules.sample import Sample
+from conceptshift.datamodules.word_classes import has_word
 from conceptshift.lightning_modules.backbone import Selector
 from PIL import Image
 
@@ -124,7 +126,8 @@ def test_words_may_come_from_a_file(root: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"red\nlight blue\n", r"words\.txt, line 2: expected one word, got 'light blue'"),
+        (b"red\nlight blue\n", r"words\.txt, line 2: 'light blue' would never be found; give single words of letters"),
+        (b"red\n\nlight-blue\n", r"words\.txt, line 3: 'light-blue' would never be found"),
         (b"\n \n", r"words\.txt: has no word; give a \.txt file with one word a line"),
         (b"\xff\xfe", r"words\.txt: cannot be read \(it is no UTF-8 text\)"),
         (None, r"words\.txt: cannot be read \(No such file or directory\); give a \.txt file"),
@@ -136,6 +139,18 @@ def test_unusable_word_lists(tmp_path: Path, content: bytes | None, message: str
     with pytest.raises((ValueError, OSError), match=message) as caught:
         word_class(str(tmp_path / "words.txt"))
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("word", ["hot dog", "light-blue", "Dog's", "3d", "a_b", " dog", "", "cafe\u0301"])
+def test_a_word_that_no_text_has_is_refused(word: str) -> None:
+    assert not has_word(f"the {word} is here", frozenset([word.lower()]))
+    with pytest.raises(ValueError, match=re.escape(f"word list: {word.lower()!r} would never be found; give single")):
+        word_class(["red", word])
+
+
+@pytest.mark.parametrize("word", ["Dog", "caf\u00e9", "\u732b", "Stra\u00dfe"])
+def test_a_word_that_a_text_has_is_taken(word: str) -> None:
+    assert has_word(f"the {word}, is here", word_class([word]))
 
 
 def test_pictures_without_coco_id_go_by_their_own(root: Path) -> None:
@@ -214,10 +229,13 @@ def test_a_name_that_leaves_the_folder(root: Path) -> None:
 
 
 def test_filters_that_leave_nothing(root: Path) -> None:
-    with pytest.raises(ValueError, match="no samples for `predict`"):
-        samples(root, "predict", reference_words=["zebra"])
-    with pytest.raises(ValueError, match="no samples for `fit`"):
-        samples(root, "fit", caption_words=["zebra"])
+    zebra = ["zebra"]
+    with pytest.raises(ValueError, match="no samples for `predict` with words of reference_words; choose others"):
+        samples(root, "predict", reference_words=zebra, caption_words=["dog"])
+    with pytest.raises(ValueError, match="no samples for `fit` with words of caption_words; choose others"):
+        samples(root, "fit", caption_words=zebra)
+    with pytest.raises(ValueError, match="no samples for `fit` with words of caption_words and reference_words"):
+        samples(root, "fit", caption_words=zebra, reference_words=["dog"])
 
 
 @pytest.mark.parametrize(

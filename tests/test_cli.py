@@ -205,6 +205,33 @@ def test_bad_configuration_is_one_line(predict: Run, tmp_path: Path, options: li
     assert not (tmp_path / "store").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["options.average=mode"],
+            "trainer.callbacks: conceptshift.callbacks.ShiftMeter: options.average: Expected a typing.Literal['mean', "
+            "'median', 'trimmed_mean']. Got value: mode",
+        ),
+        (
+            ["options.alpha=nan"],
+            "trainer.callbacks: conceptshift.callbacks.ShiftMeter: options.alpha: Expected a <class 'float'>. "
+            "Got value: nan",
+        ),
+        (["nope=1"], "trainer.callbacks: conceptshift.callbacks.ShiftMeter: Option 'nope' is not accepted"),
+        (
+            ["destination_features=f"],
+            "ShiftMeter: `destination_features` needs `destination`, the dictionary of its states",
+        ),
+    ],
+)
+def test_of_what_the_parser_tried_the_innermost_reason_is_left(cli: Run, options: list[str], message: str) -> None:
+    meter = ("--trainer.callbacks+=ShiftMeter", "--trainer.callbacks.original=o", "--trainer.callbacks.out=out")
+    given = [f"--trainer.callbacks.{option}" for option in options]
+    error = cli("predict", "--model=Replay", "--data=StoredFeatures", "--data.folder=none", *meter, *given).error
+    assert error == f"conceptshift: {message}"
+
+
 def test_a_required_option_is_named(cli: Run, shapes: Path) -> None:
     error = cli("predict", "--model=FeatureExtraction", "--data=CaptionDataModule", f"--data.root={shapes}").error
     assert "model_id" in error

@@ -62,6 +62,12 @@ def test_one_is_called_destination_and_several_by_their_folders(tmp_path: Path) 
     assert [step_of(name) for name in ("step-000070", "destination", "my-step-3x")] == [70, None, None]
 
 
+def test_step_0_of_a_series_is_the_original(tmp_path: Path) -> None:
+    series = make_series(tmp_path / "series", 0, 20, 40)
+    assert list(name_destinations(str(series))) == ["step-000020", "step-000040"]
+    assert name_destinations(str(make_series(tmp_path / "only", 0))) == {"destination": str(tmp_path / "only")}
+
+
 @pytest.mark.parametrize(
     ("steps", "missing"), [((20, 40, 80), 60), ((40, 60, 80), 20), ((20, 70), 40), ((20, 60, 80, 100), 40)]
 )
@@ -92,7 +98,32 @@ def test_a_checkpoint_that_is_not_whole(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match="or not whole"):
         check_checkpoint(str(tmp_path))
+
+
+def test_a_folder_with_an_adapter_and_a_model(tmp_path: Path) -> None:
+    """Which of them is meant, nobody can tell."""
+    for name in ("adapter_config.json", "adapter_model.safetensors", "config.json"):
+        (tmp_path / name).touch()
+    check_checkpoint(str(tmp_path))
+    (tmp_path / "model-00001-of-00002.safetensors").touch()
+    with pytest.raises(ValueError, match="both a PEFT adapter and a model; remove the one that is not meant"):
+        check_checkpoint(str(tmp_path))
+    (tmp_path / "adapter_config.json").unlink()
+    check_checkpoint(str(tmp_path))
+
+
+def test_what_looks_like_a_path_is_not_looked_for_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for path in ("nope/run/adapter", "./adapter", "~/adapter", "/adapter", "runs/adapter", "adapter"):
+        with pytest.raises(ValueError, match=f"destination '{path}': no such folder"):
+            check_checkpoint(path)
     check_checkpoint("org/model")
+
+
+def test_what_may_be_a_path_or_a_hub_id_is_called_both(tiny: Path) -> None:
+    with pytest.raises(ValueError, match="'nope/adapter' is no folder here, nor a hub id that fits"):
+        VisionLanguageModel.load(str(tiny)).add_destination("nope/adapter")
 
 
 # --- running ----------------------------------------------------------------------------------------------

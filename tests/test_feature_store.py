@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conceptshift.datamodules import files
+from conceptshift.datamodules import files, stored_features
 from conceptshift.datamodules.stored_features import (
     FeatureShardWriter,
     FeatureStore,
@@ -191,6 +192,47 @@ def test_another_runs_store_is_kept_unless_overwritten(tmp_path: Path, finished:
     assert list(tmp_path.glob("rank-*/*.safetensors"))
     begin_store(tmp_path, other, resumed=False, overwrite=True)
     assert not list(tmp_path.glob("rank-*"))
+
+
+@pytest.mark.parametrize("moment", ["before the metadata", "while the old one is removed"])
+def test_a_store_that_was_killed_while_it_was_replaced_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """The folder is the old store or the new one; what else lies about is removed by the next run."""
+    folder = tmp_path / "store"
+    build(folder, [[1, 2]])
+    remove = shutil.rmtree
+
+    def killed(*arguments: Any, **options: Any) -> None:
+        if moment == "before the metadata":
+            raise SystemExit
+        if Path(arguments[0]).exists():
+            (Path(arguments[0]) / "metadata.json").unlink()
+            raise SystemExit
+
+    with monkeypatch.context() as patch:
+        if moment == "before the metadata":
+            patch.setattr(stored_features, "write_json", killed)
+            # As nothing is cleaned up where a process is killed.
+            patch.setattr(shutil, "rmtree", lambda path, **_: remove(path, **_) if "replaced" in Path(path).name else 0)
+        else:
+            patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(SystemExit):
+            begin_store(folder, METADATA, resumed=False, overwrite=False)
+    assert {path.name for path in tmp_path.iterdir()} > {"store"}, "something lies about"
+    assert json.loads((folder / "metadata.json").read_text()) == METADATA
+    begin_store(folder, METADATA, resumed=False, overwrite=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+    assert [path.name for path in folder.iterdir()] == ["metadata.json"]
+
+
+def test_a_store_behind_a_link_stays_there(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "store").symlink_to(tmp_path / "disk", target_is_directory=True)
+    for _ in range(2):
+        build(tmp_path / "store", [[1, 2]])
+    assert (tmp_path / "store").is_symlink()
+    assert FeatureStore(tmp_path / "disk").samples("original").keys() == {"001", "002"}
 
 
 def test_malformed_metadata(tmp_path: Path) -> None:

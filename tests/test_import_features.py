@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -134,23 +135,78 @@ def test_a_file_without_mask_or_texts(tmp_path: Path) -> None:
     assert file.texts == [""] * 12
 
 
-def test_a_compressed_archive_is_not_mapped(tmp_path: Path) -> None:
-    """Its bytes on disk are no numbers."""
-    path = saved(tmp_path / "f.pth", content_of())
-    with zipfile.ZipFile(path) as plain, zipfile.ZipFile(tmp_path / "c.pth", "w", zipfile.ZIP_DEFLATED) as packed:
+def test_a_compressed_archive_is_refused(tmp_path: Path) -> None:
+    """Also where it is compressed only in part: a file of a few MB may need all memory."""
+    path = saved(tmp_path / "f.pth", {**content_of(), "ignored": torch.zeros(100_000)})
+    with zipfile.ZipFile(path) as plain, zipfile.ZipFile(tmp_path / "c.pth", "w") as packed:
         for entry in plain.infolist():
-            packed.writestr(entry.filename, plain.read(entry))
-    assert (tmp_path / "c.pth").stat().st_size < path.stat().st_size
-    files = [read(path), read(tmp_path / "c.pth")]
-    assert torch.equal(files[0].stack(BLOCK, range(12)), files[1].stack(BLOCK, range(12)))
+            large = entry.file_size > 100_000
+            packed.writestr(entry.filename, plain.read(entry), zipfile.ZIP_DEFLATED if large else zipfile.ZIP_STORED)
+    assert (tmp_path / "c.pth").stat().st_size < path.stat().st_size / 5
+    assert torch.load(tmp_path / "c.pth", mmap=False)["ignored"].shape == (100_000,)
+    with pytest.raises(ValueError, match=r"c.pth: is compressed; .* again with torch.save"):
+        read(tmp_path / "c.pth")
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_tensors_with_fewer_bytes_than_values_are_refused(tmp_path: Path, zipped: bool) -> None:
+    """A file of 2 KiB would need a terabyte."""
+    options = {"_use_new_zipfile_serialization": zipped}
+    rows = [{BLOCK: torch.zeros(1, 1).expand(1, 10**12)}]
+    path = saved(tmp_path / "a.pth", {"hidden_states": rows, "image": ["1.jpg"]}, **options)
+    with pytest.raises(ValueError, match=r"row 0 at .* must be one dense state .* got float32 \[1, 1000000000000\]"):
+        read(path)
+    for count in (10**12, 12):
+        mask = torch.ones(1, dtype=torch.bool).expand(count)
+        saved(path, {**content_of(), "token_of_interest_mask": mask}, **options)
+        with pytest.raises(ValueError, match=rf"must be a boolean tensor \[N\] .* got bool \[{count}\]"):
+            read(path)
+    columns = torch.randn(64, 3).t()[:, None]  # views of one tensor, as of a batch, have all they need
+    content = {"hidden_states": [{BLOCK: state} for state in columns], "image": ["1.jpg", "2.jpg", "3.jpg"]}
+    assert torch.equal(read(saved(path, content, **options)).stack(BLOCK, range(3)), columns[:, 0])
+
+
+def test_the_length_of_a_mask_is_looked_at_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a Python list it takes many times its memory."""
+    path = saved(tmp_path / "a.pth", {**content_of(), "token_of_interest_mask": torch.ones(50_000, dtype=torch.bool)})
+    monkeypatch.setattr(Tensor, "tolist", _raising(AssertionError("as a list")), raising=False)
+    with pytest.raises(ValueError, match="50000 entries in 'token_of_interest_mask', but 12 in 'hidden_states'"):
+        read(path)
 
 
 def test_ids_are_file_names_unless_these_repeat(tmp_path: Path) -> None:
     first = read(saved(tmp_path / "a.pth", {**content_of([1, 2]), "image": ["train/1.jpg", "train/2.jpg"]}))
     moved = read(saved(tmp_path / "b.pth", {**content_of([1, 2]), "image": ["/data/2.jpg", "1.jpg"]}))
     again = read(saved(tmp_path / "c.pth", {**content_of([1, 2]), "image": ["train/1.jpg", "val/1.jpg"]}))
-    assert sample_ids([first, moved]) == [["1.jpg", "2.jpg"], ["2.jpg", "1.jpg"]]
+    with pytest.warns(UserWarning, match="folders differ") as caught:
+        assert sample_ids([first, moved]) == [["1.jpg", "2.jpg"], ["2.jpg", "1.jpg"]]
+    assert len(caught) == 1, "where a path has no folder, it does not differ"
     assert sample_ids([first, again]) == [["train/1.jpg", "train/2.jpg"], ["train/1.jpg", "val/1.jpg"]]
+
+
+@pytest.mark.parametrize(
+    ("other", "example"),
+    [
+        (["/data/coco/val2014/1.jpg", "/data/coco/val2014/3.jpg"], "coco/train2014/1.jpg and /data/coco/val2014/1.jpg"),
+        (["/data/coco/train2014/1.jpg", "/data/coco/train2014/2.jpg"], None),
+        (["train2014/1.jpg", "2.jpg"], None),
+        (["val2014/7.jpg", "val2014/8.jpg"], None),  # pairs with nothing
+    ],
+)
+def test_pairs_from_different_folders_are_told(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder, other: list[str], example: str | None
+) -> None:
+    own = ["coco/train2014/1.jpg", "coco/train2014/2.jpg"]
+    files = [
+        read(saved(tmp_path / f"{name}.pth", {**content_of([1, 2]), "image": images}))
+        for name, images in (("a", own), ("b", other))
+    ]
+    sample_ids(files)
+    told = [str(warning.message) for warning in recwarn if "folders differ" in str(warning.message)]
+    assert len(told) == (example is not None)
+    if example is not None:
+        assert f"{files[1].path}: 1 of 1 rows are paired by file name with rows of {files[0].path}" in told[0]
+        assert f"e.g. {example}; if these are different pictures, extract both files from the same folder" in told[0]
 
 
 @pytest.mark.parametrize(
@@ -283,6 +339,39 @@ def test_the_same_import_again_and_another(run_import: Run, tmp_path: Path) -> N
     assert (tmp_path / "store" / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("left", ["store", ".store.part", ".store.replaced"])
+def test_an_import_that_is_interrupted_leaves_the_earlier_store_or_the_new_one(
+    run_import: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: str
+) -> None:
+    """Wherever it is interrupted while it removes or writes a folder; the next one leaves nothing behind."""
+    path = saved(tmp_path / "a.pth", content_of())
+    assert run_import(path).status == 0
+    remove = shutil.rmtree
+
+    def interrupted(folder: Path, **options: Any) -> None:
+        if Path(folder).name == left and Path(folder).exists():
+            (Path(folder) / "metadata.json").unlink()
+            raise KeyboardInterrupt
+        remove(folder, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", interrupted)
+        if left == ".store.part":
+            patch.setattr("conceptshift.cli.import_features.merge_store", _raising(OSError("disk full")))
+        with contextlib.suppress(KeyboardInterrupt):
+            run_import(path)
+    FeatureStore(tmp_path / "store").states("lm.norm", "token_of_interest", "original")
+    assert run_import(path).status == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pth", "store"]
+
+
+def _raising(error: Exception) -> Callable[..., None]:
+    def fail(*arguments: object) -> None:
+        raise error
+
+    return fail
+
+
 # --- what is refused --------------------------------------------------------------------------------------
 
 
@@ -325,14 +414,27 @@ def test_truncated_anywhere(tmp_path: Path, zipped: bool) -> None:
     path = tmp_path / "cut.pth"
     for length in [0, 1, 3, 4, 22, 100, *range(200, len(whole), len(whole) // 60), len(whole) - 1]:
         path.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match=r"cut.pth: (truncated, damaged, or not written by torch.save|refused)"):
+        with pytest.raises(
+            ValueError, match=r"cut.pth: (truncated, damaged, or not written by torch.save|refused)"
+        ) as caught:
             read(path)
+        assert "Errno" not in str(caught.value)
 
 
 def test_truncated_on_the_command_line(run_import: Run, tmp_path: Path) -> None:
     path = saved(tmp_path / "a.pth", content_of())
     path.write_bytes(path.read_bytes()[:-500])
     assert "a.pth: truncated, damaged, or not written by torch.save" in run_import(path).error
+
+
+def test_a_text_is_no_saved_file(tmp_path: Path) -> None:
+    """Of such files torch says a bare number, in which there is no reason."""
+    path = tmp_path / "a.pth"
+    for text in (b"hello\n", b"hi", b"image,state\n"):
+        path.write_bytes(text)
+        with pytest.raises(ValueError, match=r"a.pth: (truncated, damaged|refused)") as caught:
+            read(path)
+        assert not re.search(r"\(\W*\d+\W*\)", str(caught.value))
 
 
 def test_something_else_than_a_saved_file(tmp_path: Path) -> None:
@@ -549,7 +651,7 @@ def test_dictionaries_and_shift_are_those_of_the_files(
         f"--trainer.callbacks.destination={out / 'destination'}",
         f"--trainer.callbacks.out={out / 'shift'}",
         "--trainer.callbacks.grounding={candidates: 60, words: 5}",
-        "--trainer.callbacks.options={permutations: 9, resamples: 9, word_draws: 2, seeds: 0}",
+        "--trainer.callbacks.options={permutations: 19, resamples: 9, word_draws: 19, seeds: 0}",
     )  # fmt: skip
     fitted = [KMeans(n_concepts=4).fit(torch.stack(list(each.values()))) for each in rows]
     for variant, states, reference in zip(("original", "destination"), rows, fitted, strict=True):

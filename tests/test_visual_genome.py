@@ -249,4 +249,4 @@ def test_a_model_is_trained_on_regions(fit: Callable[..., Any], shapes: Path) ->
     )  # fmt: skip
     assert done.status == 0, done.err
     error = fit("--data.caption_words=[zebra]", data="VisualGenomeDataModule", root=shapes / "visual_genome").error
-    assert "no samples for `fit`" in error
+    assert "split 'train' has no samples for `fit` with words of caption_words; choose others" in error

@@ -5,6 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch.distributed as dist
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+
+SHARDING = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
+"""Strategies under which a process has only its pieces of the parameters."""
 
 
 def gather(rows: list[Any]) -> list[Any]:

@@ -64,7 +64,8 @@ def _steps(folder: Path) -> list[Path]:
     Raises:
         ValueError: One is missing between others: the last may come early, where training ended.
     """
-    found = {step: path for path in folder.glob("step-*") if (step := step_of(path.name)) is not None}
+    # Step 0 would be the original.
+    found = {step: path for path in folder.glob("step-*") if (step := step_of(path.name))}
     steps = sorted(found)
     if len(steps) > 1:
         regular = [0, *steps[:-1]]
@@ -82,15 +83,23 @@ def check_checkpoint(path: str) -> None:
     """Check that a local checkpoint is there and whole, before anything is loaded.
 
     Raises:
-        ValueError: It is neither an adapter nor a model.
+        ValueError: It is neither an adapter nor a model, or both.
     """
     folder = Path(path)
-    if not folder.exists() and path.count("/") == 1 and not path.startswith((".", "/", "~")):
+    if path.count("/") == 1 and not path.startswith((".", "/", "~")) and not folder.parent.exists():
         return  # a hub id, which only loading can check
-    is_whole = is_adapter(path) and any(folder.glob("adapter_model.*"))
-    if not is_whole and not ((folder / "config.json").is_file() and any(folder.glob("*.safetensors*"))):
-        state = "no such folder" if not folder.exists() else "neither a PEFT adapter nor a model, or not whole"
-        raise ValueError(f"--model.init_args.destination {path!r}: {state}; give what ModelExport wrote")
+    adapter = is_adapter(path) and any(folder.glob("adapter_model.*"))
+    weights = {file.name for file in folder.glob("*.safetensors*") if not file.name.startswith("adapter_model.")}
+    model = (folder / "config.json").is_file() and bool(weights)
+    if adapter != model:
+        return
+    if model:
+        state = "both a PEFT adapter and a model; remove the one that is not meant"
+    elif folder.exists():
+        state = "neither a PEFT adapter nor a model, or not whole; give what ModelExport wrote"
+    else:
+        state = "no such folder; give what ModelExport wrote"
+    raise ValueError(f"--model.init_args.destination {path!r}: {state}")
 
 
 def is_adapter(path: str) -> bool:

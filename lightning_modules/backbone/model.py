@@ -128,8 +128,9 @@ class VisionLanguageModel(nn.Module):
             self._check_adapter(adapter, name)
         except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as error:
             first = str(error).strip().splitlines()[0]
+            state = "does not fit" if Path(adapter).exists() else "is no folder here, nor a hub id that fits"
             raise ValueError(
-                f"adapter {adapter!r} does not fit {self.source!r} ({first}); give a PEFT folder made from this model"
+                f"adapter {adapter!r} {state} {self.source!r} ({first}); give a PEFT folder made from this model"
             ) from error
 
     def _check_adapter(self, adapter: str, name: str) -> None:
