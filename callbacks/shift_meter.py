@@ -7,7 +7,7 @@ from pathlib import Path
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from tqdm import tqdm
 
 from ..concepts import ConceptDictionary, load_dictionary
@@ -110,10 +110,29 @@ class ShiftMeter(Callback):
                 f"{self.destination}: its dictionary is of {found[0]!r} and {found[1]!r}, the original's of {site!r} "
                 f"and {selector!r}; fit both alike"
             )
+        self._check_fits(original, destination, other.folder == store.folder)
         last = destination.metadata["variant"]
         names = checkpoints_of(store) if other is store else []
         series = names[: names.index(last)] if last in names else []
         return {name: ConceptStates.read(other, site, selector, name) for name in [*series, last]}, destination
+
+    def _check_fits(self, original: ConceptDictionary, destination: ConceptDictionary, one_store: bool) -> None:
+        """Refuse a pair that is none."""
+        if one_store and destination.metadata["variant"] == original.metadata["variant"]:
+            raise ValueError(
+                f"{self.destination}: its dictionary is of {original.metadata['variant']!r} like that of "
+                f"{self.original}, so that nothing could shift; give a dictionary of the destination"
+            )
+        if self.options.matching == "bijective" and destination.n_concepts < original.n_concepts:
+            raise ValueError(
+                f"{self.destination}: has {destination.n_concepts} concepts, fewer than the {original.n_concepts} of "
+                f"{self.original}; fit as many, or set options.matching: nearest"
+            )
+        if type(destination) is not type(original):
+            rank_zero_warn(
+                f"{self.destination} was learned by {type(destination).__name__}, {self.original} by "
+                f"{type(original).__name__}: what differs is not the shift alone"
+            )
 
 
 def _dictionary(folder: Path, store: FeatureStore) -> ConceptDictionary:
@@ -122,7 +141,10 @@ def _dictionary(folder: Path, store: FeatureStore) -> ConceptDictionary:
     Raises:
         ValueError: It is missing, or of another model.
     """
-    found = load_dictionary(folder / "dictionary.safetensors")
+    path = folder / "dictionary.safetensors"
+    if not path.is_file():
+        raise ValueError(f"{folder}: has no dictionary.safetensors; give the `out` of a DictionaryFitter that has run")
+    found = load_dictionary(path)
     if not same_model(store.metadata, found.metadata["features"], found.metadata["variant"]):
         raise ValueError(
             f"{folder}: its dictionary is of another model than the states in {store.folder}; give the dictionary that "

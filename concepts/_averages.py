@@ -20,13 +20,14 @@ def check_average(average: str) -> None:
         raise ValueError(f"`average` must be one of {', '.join(get_args(Average))}, got '{average}'")
 
 
-def rows_of(assignment: Tensor, n_concepts: int, n_samples: int) -> list[Tensor]:
+def rows_of(assignment: Tensor, n_concepts: int, n_samples: int, name: str = "assignment") -> list[Tensor]:
     """The rows A_k of each concept.
 
     Args:
         assignment: concept of each row, [M], integer; −1 for one that activates none.
         n_concepts: K.
         n_samples: M.
+        name: what errors call the assignment.
 
     Returns:
         K tensors of indices in ascending order, [|A_k|], int64, on the CPU.
@@ -36,13 +37,13 @@ def rows_of(assignment: Tensor, n_concepts: int, n_samples: int) -> list[Tensor]
     """
     if assignment.is_floating_point() or assignment.shape != (n_samples,):
         raise ValueError(
-            f"`assignment` must be an integer tensor [{n_samples}], one concept for each row, "
+            f"`{name}` must be an integer tensor [{n_samples}], one concept for each row, "
             f"got {assignment.dtype} {list(assignment.shape)}"
         )
     assignment = assignment.cpu().long()
     if n_samples and not -1 <= int(assignment.min()) <= int(assignment.max()) < n_concepts:
         raise ValueError(
-            f"`assignment` must lie in −1 … {n_concepts - 1}, got values from {int(assignment.min())} to "
+            f"`{name}` must lie in −1 … {n_concepts - 1}, got values from {int(assignment.min())} to "
             f"{int(assignment.max())}"
         )
     sizes = (assignment + 1).bincount(minlength=n_concepts + 1)

@@ -25,8 +25,10 @@ _VALUES = 2**21
 _RANDOM = 2**24
 # Columns of states that are summed at a time, so that those of all rows stay in the cache of a core.
 _COLUMNS = 128
-# ‖b − a‖² below this share of ‖b‖² + ‖a‖² is what rounding leaves of it in float64.
+# ‖b − a‖² below this share of ‖b‖² + ‖a‖² is what rounding leaves of it in float64; so with their means.
 _NO_DIFFERENCE = 1e-13
+# Rows of a concept that are paired within it: that takes their square, and more would say little more.
+_PAIRED = 4096
 # Progress is shown of what takes longer than these seconds.
 _QUIET = 3.0
 
@@ -110,11 +112,28 @@ class Pairs:
             drawn = [torch.randint(S, (S,), generator=generator).bincount(minlength=S) for _ in range(size)]
             yield torch.stack(drawn)
 
-    def signs(self, count: int, seed: int) -> Iterator[Tensor]:
-        """1 or −1 for each of the S samples, [R, S], int64, in chunks."""
+    def swapped(self, touching: list[Tensor], count: int, seed: int) -> tuple[Tensor, Tensor]:
+        """‖average of δ‖ over some rows of each concept, with original and destination swapped in random samples.
+
+        Args:
+            touching: the rows of each concept, K tensors, on the CPU.
+            count: number of draws R.
+            seed: seed of the draws.
+
+        Returns:
+            What was observed, [K], and the draws, [R, K].
+        """
         generator, S = torch.Generator().manual_seed(seed), self._n_samples
-        for size in self._chunks(count, self.a.shape[1], "swapping original and destination"):
-            yield 2 * torch.stack([torch.randint(2, (S,), generator=generator) for _ in range(size)]) - 1
+        signs = torch.stack([torch.randint(2, (S,), generator=generator).to(torch.int8) for _ in range(count)])
+        signs = 2 * signs - 1
+        observed, chance = [], []
+        for rows in tqdm(touching, "swapping original and destination", leave=False, delay=_QUIET):
+            own = rows.to(self.a.device)
+            delta, of_rows = self.b[own] - self.a[own], signs[:, self._sample[rows]]
+            observed.append(averaged(delta, self.average).norm())
+            parts = torch.split(of_rows, _at_once(max(delta.shape)))
+            chance.append(torch.cat([_weighted(delta, part.long(), self.average).norm(dim=1) for part in parts]))
+        return torch.stack(observed), torch.stack(chance, dim=1)
 
     def weighted(self, k: int, weights: Tensor) -> Tensor:
         """Shifts of a concept when each δ_m comes |w| times, with the sign of w.
@@ -126,12 +145,7 @@ class Pairs:
         Returns:
             Shifts, [R, D]; 0 where all weights are.
         """
-        delta = self.deltas[k]
-        weights = weights[:, self.samples[k]].to(delta.device)
-        if self.average == "mean":
-            return weights.to(delta) @ delta / weights.abs().sum(dim=1, keepdim=True).clamp_min(1)
-        drawn = ((delta * w.sign()[:, None]).repeat_interleave(w.abs(), dim=0) for w in weights)
-        return torch.stack([averaged(rows, self.average) for rows in drawn])
+        return _weighted(self.deltas[k], weights[:, self.samples[k]], self.average)
 
     def resampled(self, count: int, seed: int) -> Iterator[Tensor]:
         """Shifts of samples drawn with replacement, [R, K, D], in chunks; NaN where a draw leaves a concept none."""
@@ -167,33 +181,61 @@ class Pairs:
             for part in torch.split(directions, _at_once(self.shift.vectors.numel())):
                 yield part[:, None] * self.shift.magnitude[:, None]
 
-    def consistencies(self, count: int, seed: int) -> Tensor:
-        """Mean of cos(b_π(m) − a_m, Δ_k) over A_k, π permuting the samples of A_k, [R, K], float64."""
+    def consistencies(self, count: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Mean of cos(b_π(m) − a_m, mean of them) over A_k, π permuting the samples of A_k.
+
+        Of a concept with very many rows, over the rows of some of its samples.
+
+        Args:
+            count: number of draws R.
+            seed: seed of the draws.
+
+        Returns:
+            What was observed, [K], and the draws, [R, K], float64.
+        """
         generator = torch.Generator().manual_seed(seed)
         found = []
         for k in tqdm(range(len(self.samples)), "pairing within concepts", leave=False, delay=_QUIET):
-            orders = Permutation(self.samples[k]).draw(count, generator)
-            found.append(self._mean_cosines(k, orders.to(self.a.device)))
-        return torch.stack(found, dim=1)
+            kept = self._some(k, generator)
+            orders = torch.cat(
+                [torch.arange(len(kept))[None], Permutation(self.samples[k][kept]).draw(count, generator)]
+            )
+            found.append(self._mean_cosines(k, kept.to(self.a.device), orders.to(self.a.device)))
+        both = torch.stack(found, dim=1)
+        return both[0], both[1:]
 
-    def _mean_cosines(self, k: int, orders: Tensor) -> Tensor:
-        """Mean cosine of b_π(m) − a_m with Δ_k for each π, [R]; `orders` π(m) [R, n_k]."""
-        a, b = (states[self.rows[k].to(states.device)].double() for states in (self.a, self.b))
-        direction = normalize(self.shift.vectors[k].double(), dim=0)
-        own = self.deltas[k].double()
-        cosines_own = own @ direction * inverse(own.norm(dim=1))
-        # Of all others, b_j − a_m is had from products; a large common part would cost digits.
+    def _some(self, k: int, generator: torch.Generator) -> Tensor:
+        """Places among the rows of a concept: all, or those of so many whole samples as can be paired."""
+        own = self.samples[k]
+        if len(own) <= _PAIRED:
+            return torch.arange(len(own))
+        names, sizes = torch.unique(own, return_counts=True)
+        order = torch.randperm(len(names), generator=generator)
+        fitting = int((sizes[order].cumsum(0) <= _PAIRED).sum())
+        return torch.isin(own, names[order[: max(2, fitting)]]).nonzero().flatten()
+
+    def _mean_cosines(self, k: int, kept: Tensor, orders: Tensor) -> Tensor:
+        """Mean cosine of b_π(m) − a_m with their mean for each π, [R]; `orders` π(m) [R, n] among the rows kept."""
+        own = self.deltas[k][kept].double()
+        a, b = (states[self.rows[k].to(states.device)[kept]].double() for states in (self.a, self.b))
+        # b_j − a_m is had from products; a large common part would cost digits.
         a, b = a - a.mean(dim=0), b - a.mean(dim=0)
-        along, squares = b @ direction, b.square().sum(dim=1)
+        squares, scale = b.square().sum(dim=1), (a.square() + b.square()).sum(dim=1).mean()
+        means = _means(b, orders)
+        directions = normalize(means.where(means.square().sum(dim=1, keepdim=True) > _NO_DIFFERENCE * scale, 0), dim=1)
+        along_a, along_b = (directions @ states.T for states in (a, b))
+        along_b = along_b.expand(len(orders), -1)
         everyone = torch.arange(len(a), device=a.device)
         total = torch.zeros(len(orders), dtype=torch.float64, device=a.device)
         for rows in torch.split(everyone, _at_once(max(*orders.shape, 1))):
             both = a[rows].square().sum(dim=1, keepdim=True) + squares
             apart = both - 2 * a[rows] @ b.T
-            apart = apart.where(apart > _NO_DIFFERENCE * both, 0)
-            cosines = (along - (a[rows] @ direction)[:, None]) * inverse(apart.sqrt())
-            cosines[everyone[: len(rows)], rows] = cosines_own[rows]
-            total += cosines.gather(1, orders[:, rows].T).sum(dim=0)
+            lengths = apart.where(apart > _NO_DIFFERENCE * both, 0).sqrt()
+            lengths[everyone[: len(rows)], rows] = own[rows].norm(dim=1)
+            partners = orders[:, rows]
+            total += torch.einsum(
+                "rm,mr->r", along_b.gather(1, partners) - along_a[:, rows], inverse(lengths).gather(1, partners.T)
+            )
         return total / max(len(a), 1)
 
     def _sums(self, parts: list[Tensor], orders: Tensor) -> Tensor:
@@ -217,6 +259,23 @@ class Pairs:
             for start in range(0, count, size):
                 yield min(size, count - start)
                 bar.update(min(size, count - start))
+
+
+def _weighted(delta: Tensor, weights: Tensor, average: Average) -> Tensor:
+    """Averages of δ [n, D] when each comes |w| times, with the sign of w: [R, n], int64 → [R, D]."""
+    weights = weights.to(delta.device)
+    if average == "mean":
+        return weights.to(delta) @ delta / weights.abs().sum(dim=1, keepdim=True).clamp_min(1)
+    drawn = ((delta * w.sign()[:, None]).repeat_interleave(w.abs(), dim=0) for w in weights)
+    return torch.stack([averaged(rows, average) for rows in drawn])
+
+
+def _means(rows: Tensor, orders: Tensor) -> Tensor:
+    """Mean of the rows [n, D] that each order [R, n] takes, [R, D]; [1, D] where all take each row once."""
+    if bool((orders.sort(dim=1).values == torch.arange(len(rows), device=orders.device)).all()):
+        return rows.mean(dim=0, keepdim=True)
+    counts = torch.zeros(orders.shape, dtype=rows.dtype, device=rows.device)
+    return counts.scatter_add_(1, orders, torch.ones_like(counts)) @ rows / len(rows)
 
 
 def _at_once(width: int) -> int:

@@ -13,7 +13,7 @@ from scipy.stats import false_discovery_control
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ._averages import Average
+from ._averages import Average, rows_of
 from ._precision import full_precision
 from ._validation import as_rows, check_same_width, check_whole
 from .intervals import around, check_bootstrap
@@ -22,6 +22,8 @@ from .shift import inverse, steps
 
 # A chance value this near below the observed one is as large: the rest is rounding. Relative, and of cosines to 1.
 _ROUNDING = 1e-6
+# Of n samples, a share 2^(1−n) of the draws swaps all or none: with fewer samples no p could be 0.05.
+LEAST_SAMPLES = 6
 # Others are lengths.
 _LIMITS = dict.fromkeys(("consistency", "pairwise_cosine", "cosine_shifted"), (-1.0, 1.0))
 
@@ -32,29 +34,29 @@ class ShiftSignificance:
 
     Attributes:
         intervals: lower and upper end, [K, 2], of `magnitude`, `mean_magnitude`, `consistency`, `pairwise_cosine` (see
-            `ConceptShift`), `cosine_shifted`, `delta_cosine`, `l2_shifted` and `delta_l2` (see `Recovery`); 0 for an
-            empty concept, as the measures are.
-        p: p-values, [K], of `magnitude`, `consistency`, `recovery_pairing` and `recovery_direction`; 1 for an empty
+            `ConceptShift`), `cosine_shifted`, `delta_cosine`, `l2_shifted`, `delta_l2` and the normalised differences
+            (see `Recovery`); 0 for an empty concept, as the measures are.
+        p: p-values, [K], of `magnitude`, `consistency`, `recovery_pairing` and `recovery_direction`; 1 for an untested
             concept.
-        empty: concepts without a sample, [K], bool.
+        untested: concepts with fewer than 6 samples, the empty ones among them, [K], bool.
     """
 
     intervals: dict[str, Tensor]
     p: dict[str, Tensor]
-    empty: Tensor
+    untested: Tensor
 
     def adjusted(self) -> dict[str, Tensor]:
         """p-values after Benjamini and Hochberg, [K]: below q, a share q of the rejections is false at most.
 
-        Each test is a family of its own, of the concepts that are not empty; 1 for the empty ones.
+        Each test is a family of its own, of the concepts that are tested; 1 for the others.
         """
         return {test: self._adjusted(p) for test, p in self.p.items()}
 
     def _adjusted(self, p: Tensor) -> Tensor:
         adjusted = torch.ones_like(p)
-        if not bool(self.empty.all()):
-            family = false_discovery_control(p[~self.empty].numpy())
-            adjusted[~self.empty] = torch.from_numpy(family).to(p)
+        if not bool(self.untested.all()):
+            family = false_discovery_control(p[~self.untested].numpy())
+            adjusted[~self.untested] = torch.from_numpy(family).to(p)
         return adjusted
 
 
@@ -66,6 +68,7 @@ def shift_significance(
     U_a: Tensor,
     targets: Tensor,
     *,
+    destination_assignment: Tensor | None = None,
     alpha: float = 1.0,
     lengths: Tensor | None = None,
     average: Average = "mean",
@@ -78,25 +81,29 @@ def shift_significance(
     """Intervals of the shift of each concept, and tests of what chance would give.
 
     Intervals are percentile bootstraps: all samples are drawn with replacement, each with both its states, and Δ_k is
-    found anew; u_k, t_k and the assignment stay. They are moved to lie around what was measured: the noise of another
-    draw lengthens Δ_k in all of its many dimensions, so that percentiles of lengths would often not hold their own
-    estimate. A draw that leaves a concept no sample (of `pairwise_cosine`: no two) is left out for it, and in
-    `pairwise_cosine` a sample drawn twice makes no pairs with itself.
+    found anew; u_k, t_k and the assignment stay. They are for what as many samples give on average, not infinitely
+    many: noise lengthens a mean of few samples in all of its many dimensions (and each resample once more, which is why
+    the percentiles are moved to lie around what was measured). A draw that leaves a concept no sample (of
+    `pairwise_cosine`: no two) is left out for it, and in `pairwise_cosine` a sample drawn twice makes no pairs with
+    itself.
 
     The tests are one-sided permutation tests, p = (1 + chance values at least as large) / (1 + permutations):
 
     - `magnitude`, is there a shift: which state of a sample is the original's is arbitrary, so that δ of whole samples
-      change their signs. The statistic is ‖Δ_k‖.
-    - `consistency`, does every sample move along Δ_k: destination states are permuted over the samples of the concept.
-      Their mean shift stays as it is, and the statistic is the mean cosine with Δ_k (with the observed one also where
-      it is no mean).
+      change their signs. The statistic is the length of the average δ over the pairs that have the concept in either
+      model. Over those that have it in the original (A_k), noise alone would give a shift: states that are chosen
+      because they lie near a concept lie further from it the next time.
+    - `consistency`, does every sample move alike: destination states are permuted over the samples of the concept, and
+      the statistic is the mean cosine of b − a with their mean.
     - `recovery_pairing`, do a concept's own samples lead to t_k: destination states are permuted over all samples. The
       statistic is cos(u_k + α Δ_k / s_k, t_k). Chance leads to the mean of all states here, so that states which hardly
       move pass as well, if only towards t_k.
     - `recovery_direction`, is it the direction that leads there: random directions, as the destination's states vary
       (`causal.random_directions`), take its place with the same norm. The statistic is the same.
 
-    In the last two, p is 1 for a shift that brings its concept no nearer to t_k.
+    A shift that is none is not consistent and leads nowhere, though states that belong together differ less than others
+    and t_k, learned from the same samples, follows their noise: in the last three, p is that of `magnitude` at least.
+    Of recovery, it is 1 for a shift that brings its concept no nearer to t_k.
 
     With the samples in another order, p differs by the noise of the draws, up to about √(p / permutations).
 
@@ -106,6 +113,9 @@ def shift_significance(
         assignment: concept of each sample in the original model, [M], integer; −1 for one that activates none.
         U_a: concepts of the original, [K, D].
         targets: t_k, [K, D], row `Recovery.matching[k]` of the destination's concepts.
+        destination_assignment: concept that the original's dictionary gives each destination state, [M], integer; −1
+            for one that activates none. By default that of the original's state, which is right only where concepts
+            are not found in the states themselves.
         alpha: how far concepts are shifted.
         lengths: s_k, [K] (`ConceptDictionary.lengths`); 1 by default.
         average: as in `concept_shift`; medians and trimmed means take minutes where means take seconds.
@@ -130,13 +140,21 @@ def shift_significance(
     check_same_width(path.start, pairs.a, ("U_a", "original"))
     path = _Path(*(tensor.to(pairs.a) for tensor in path))
     empty = pairs.shift.empty.cpu()
+    untested = torch.tensor([len(torch.unique(of)) < LEAST_SAMPLES for of in pairs.samples])
+    touching = _touching(pairs.rows, assignment if destination_assignment is None else destination_assignment, pairs)
     intervals = _intervals(pairs, path, resamples, level, seed)
-    p = _p_values(pairs, path, permutations, seed)
+    p = _p_values(pairs, touching, path, permutations, seed)
     return ShiftSignificance(
         intervals={measure: ends.cpu().masked_fill(empty[:, None], 0) for measure, ends in intervals.items()},
-        p={test: values.cpu().masked_fill(empty, 1) for test, values in p.items()},
-        empty=empty,
+        p={test: values.cpu().masked_fill(untested, 1) for test, values in p.items()},
+        untested=untested,
     )
+
+
+def _touching(rows: list[Tensor], destination_assignment: Tensor, pairs: Pairs) -> list[Tensor]:
+    """Rows of the pairs that have a concept in either model, K tensors, on the CPU."""
+    there = rows_of(destination_assignment, len(rows), len(pairs.a), "destination_assignment")
+    return [torch.unique(torch.cat(both)) for both in zip(rows, there, strict=True)]
 
 
 class _Path(NamedTuple):
@@ -230,30 +248,30 @@ def _intervals(pairs: Pairs, path: _Path, resamples: int, level: float, seed: in
         measure: around(torch.cat(chunks), observed[measure], level).clamp(*_LIMITS.get(measure, (0, torch.inf)))
         for measure, chunks in drawn.items()
     }
-    intervals["delta_cosine"] = intervals["cosine_shifted"] - path.cosine(path.start)[:, None]
+    cosine_original = path.cosine(path.start)
+    intervals["delta_cosine"] = intervals["cosine_shifted"] - cosine_original[:, None]
     intervals["delta_l2"] = l2_original[:, None] - intervals["l2_shifted"].flip(1)
+    for measure, original in (("delta_cosine", cosine_original.abs()), ("delta_l2", l2_original.double())):
+        # As the measures themselves: 0 where the original is none to compare with.
+        intervals[f"{measure}_normalised"] = intervals[measure] * inverse(original)[:, None]
     return intervals
 
 
-def _p_values(pairs: Pairs, path: _Path, permutations: int, seed: int) -> dict[str, Tensor]:
-    shift = pairs.shift
-    swapped = [
-        torch.stack([pairs.weighted(k, signs).norm(dim=1) for k in range(len(pairs.rows))], dim=1)
-        for signs in pairs.signs(permutations, seed)
-    ]
-    observed = path.cosine(path.shifted(shift.vectors))
+def _p_values(pairs: Pairs, touching: list[Tensor], path: _Path, permutations: int, seed: int) -> dict[str, Tensor]:
+    magnitude = _p_value(*pairs.swapped(touching, permutations, seed), least=0)
+    observed = path.cosine(path.shifted(pairs.shift.vectors))
     no_nearer = observed <= path.cosine(path.start) + _ROUNDING
 
     def of_recovery(chance: Iterable[Tensor]) -> Tensor:
         cosines = torch.cat([path.cosine(path.shifted(shifts)) for shifts in chance])
         return _p_value(observed, cosines, least=1).masked_fill(no_nearer, 1)
 
-    return {
-        "magnitude": _p_value(shift.magnitude, torch.cat(swapped), least=0),
-        "consistency": _p_value(shift.consistency, pairs.consistencies(permutations, seed), least=1),
+    p = {
+        "consistency": _p_value(*pairs.consistencies(permutations, seed), least=1),
         "recovery_pairing": of_recovery(pairs.paired_anew(permutations, seed)),
         "recovery_direction": of_recovery(pairs.random(permutations, seed)),
     }
+    return {"magnitude": magnitude, **{test: values.maximum(magnitude) for test, values in p.items()}}
 
 
 def _p_value(observed: Tensor, chance: Tensor, least: float) -> Tensor:

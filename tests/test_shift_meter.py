@@ -145,7 +145,7 @@ def test_an_identical_pair_has_no_shift(store: Callable[..., Path], measure: Run
     for test, counted in found["tests"].items():
         assert counted == {"significant": 0, "concepts": 4}, test
     assert all(p == 1 for row in found["concepts"] for p in row["p"].values())
-    assert found["correlations"] == {"consistency": None, "magnitude": None}
+    assert set(found["correlations"].values()) == {None}
 
 
 def test_a_known_shift_is_found_and_nothing_else(store: Callable[..., Path], measure: Run, tmp_path: Path) -> None:
@@ -262,7 +262,7 @@ def test_visual_tokens_of_a_real_pair(predict: Run, tiny: Path, tmp_path: Path) 
         "--trainer.callbacks.selector=image", "--trainer.callbacks.dictionary=KMeans",
         "--trainer.callbacks.dictionary.n_concepts=5", f"--trainer.callbacks.out={tmp_path / 'original'}",
         "--trainer.callbacks+=ShiftMeter", f"--trainer.callbacks.original={tmp_path / 'original'}",
-        f"--trainer.callbacks.out={tmp_path / 'shift'}", "--trainer.callbacks.options.word_draws=5",
+        f"--trainer.callbacks.out={tmp_path / 'shift'}", "--trainer.callbacks.options.word_draws=20",
         site="lm.block.2", selector="image",
     )  # fmt: skip
     assert done.status == 0, done.err
@@ -362,7 +362,7 @@ def test_a_dictionary_of_another_model_or_site(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"permutations": 0}, "options.permutations must be at least 1, got 0"),
+        ({"permutations": 18}, "options.permutations must be at least 19, got 18"),
         ({"seeds": -1}, "options.seeds must be at least 0, got -1"),
         ({"alpha": math.nan}, "options.alpha must be finite, got nan"),
         ({"average": "mode"}, "options.average must be one of mean, median, trimmed_mean, got 'mode'"),

@@ -8,8 +8,18 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
-from conceptshift.concepts import Average, Correlation, concept_shift, correlation, shift_draws, shift_significance
+from conceptshift.concepts import (
+    Average,
+    Correlation,
+    KMeans,
+    concept_shift,
+    correlation,
+    match_concepts,
+    shift_draws,
+    shift_significance,
+)
 from conceptshift.concepts import intervals as interval_module
+from conceptshift.concepts import pairs as pairs_module
 from conceptshift.concepts.causal import random_directions
 from numpy.typing import NDArray
 from scipy import stats
@@ -41,11 +51,15 @@ class Case:
         self.U = 10 + self.centres
         self.targets = self.U + self.moves
         self.samples = None if samples is None else torch.randint(samples, (rows,), generator=generator) * 7 - 3
+        self.destination_assignment = self.assignment.roll(1)
 
     def significance(self, **options: Any) -> Any:
         return shift_significance(
             self.original, self.destination, self.assignment, self.U, self.targets,
-            **{"permutations": 60, "resamples": 60, "seed": 3, "samples": self.samples, **options},
+            **{
+                "destination_assignment": self.destination_assignment, "permutations": 60, "resamples": 60, "seed": 3,
+                "samples": self.samples, **options,
+            },
         )  # fmt: skip
 
     def draws(self, kind: Any, **options: Any) -> Tensor:
@@ -70,6 +84,8 @@ class Naive:
         self.draws, self.seed, self.states = draws, seed, case.destination
         self.rows = [[m for m, k in enumerate(self.assignment) if k == concept] for concept in range(self.K)]
         self.used = [k for k in range(self.K) if self.rows[k]]
+        both = list(zip(self.assignment, case.destination_assignment.tolist(), strict=True))
+        self.touching = [[m for m, ks in enumerate(both) if concept in ks] for concept in range(self.K)]
         self.shift = {k: self.average(self.b[self.rows[k]] - self.a[self.rows[k]]) for k in self.used}
 
     def generator(self) -> torch.Generator:
@@ -81,6 +97,9 @@ class Naive:
 
     def reached(self, k: int, shift: _Array) -> float:
         return self.cosine(self.U[k] + self.steps[k] * shift, self.T[k])
+
+    def consistency(self, delta: _Array) -> float:
+        return float(np.mean([self.cosine(d, delta.mean(axis=0)) for d in delta]))
 
     def others(self, rows: list[int], generator: torch.Generator) -> dict[int, int]:
         """Which row takes the place of each when their samples are permuted."""
@@ -101,14 +120,15 @@ class Naive:
         for _ in range(self.draws):
             signs = (2 * torch.randint(2, (self.S,), generator=generator) - 1).tolist()
             for k in self.used:
-                flipped = np.stack([signs[self.sample[m]] * (self.b[m] - self.a[m]) for m in self.rows[k]])
+                flipped = np.stack([signs[self.sample[m]] * (self.b[m] - self.a[m]) for m in self.touching[k]])
                 found["magnitude"][k].append(float(np.linalg.norm(self.average(flipped))))
         generator = self.generator()
         for k in self.used:
             for _ in range(self.draws):
                 other = self.others(self.rows[k], generator)
-                cosines = [self.cosine(self.b[other[m]] - self.a[m], self.shift[k]) for m in self.rows[k]]
-                found["consistency"][k].append(float(np.mean(cosines)))
+                found["consistency"][k].append(
+                    self.consistency(np.stack([self.b[other[m]] - self.a[m] for m in self.rows[k]]))
+                )
         for k, shift in self.paired_anew():
             found["recovery_pairing"][k].append(self.reached(k, shift))
         for direction in random_directions(self.states, self.draws, self.generator()).double().numpy():
@@ -174,6 +194,11 @@ class Naive:
                 most = {"cosine_shifted": 1.0, "delta_cosine": 1 - before, "delta_l2": apart}.get(measure, np.inf)
                 least = 0 if measure in ("magnitude", "l2_shifted") else -np.inf
                 found.setdefault(measure, {})[k] = (max(float(low - bias), least), min(float(high - bias), most))
+        for k in self.used:
+            of_original = abs(self.cosine(self.U[k], self.T[k])), float(np.linalg.norm(self.U[k] - self.T[k]))
+            for measure, of in zip(("delta_cosine", "delta_l2"), of_original, strict=True):
+                low, high = found[measure][k]
+                found.setdefault(f"{measure}_normalised", {})[k] = (low / of, high / of)
         return found
 
 
@@ -186,13 +211,16 @@ def test_against_loops(average: Average, samples: int | None) -> None:
     naive = Naive(case, average, 0.7, lengths, 60, 3)
     for test, chance in naive.chance().items():
         for k, values in chance.items():
+            delta = naive.b - naive.a
             observed = {
-                "magnitude": float(np.linalg.norm(naive.shift[k])),
-                "consistency": naive.measures(k, [(m, m) for m in naive.rows[k]])["consistency"],
+                "magnitude": float(np.linalg.norm(naive.average(delta[naive.touching[k]]))),
+                "consistency": naive.consistency(delta[naive.rows[k]]),
             }.get(test, naive.reached(k, naive.shift[k]))
             p = (1 + sum(value >= observed - 1e-6 for value in values)) / 61
+            p = max(p, float(found.p["magnitude"][k]))
             if test.startswith("recovery") and observed <= naive.reached(k, 0 * naive.shift[k]):
                 p = 1.0
+            assert len({naive.sample[m] for m in naive.rows[k]}) >= 6
             assert float(found.p[test][k]) == pytest.approx(p), (test, k)
     expected = naive.intervals(0.9)
     assert expected.keys() == found.intervals.keys()
@@ -289,6 +317,47 @@ def test_magnitude_and_consistency_hold_their_level() -> None:
     assert (found.p["magnitude"] <= 0.05).all()
 
 
+def test_concepts_found_in_noisy_states_do_not_shift_by_the_noise() -> None:
+    """Nothing but noise differs, and both dictionaries are learned from the very states."""
+    p: dict[str, list[float]] = {test: [] for test in (*TESTS, "magnitude, original only")}
+    for seed in range(12):
+        generator = torch.Generator().manual_seed(seed)
+        states = torch.randn(200, 20, generator=generator)
+        original, destination = (states + torch.randn(200, 20, generator=generator) for _ in range(2))
+        ours, theirs = (KMeans(5, seed=0).fit(of) for of in (original, destination))
+        targets = theirs.dictionary[match_concepts(ours.dictionary, theirs.dictionary)]
+        assignments = [ours.assign(of) for of in (original, destination)]
+        given = (original, destination, assignments[0], ours.dictionary, targets)
+        found = shift_significance(*given, destination_assignment=assignments[1], permutations=99, resamples=1)
+        for test in TESTS:
+            p[test] += found.p[test].tolist()
+        own = shift_significance(*given, permutations=99, resamples=1)
+        p["magnitude, original only"] += own.p["magnitude"].tolist()
+    share = {test: sum(value <= 0.05 for value in values) / len(values) for test, values in p.items()}
+    assert share.pop("magnitude, original only") > 0.5
+    assert max(share.values()) <= 0.1, share
+
+
+@pytest.mark.parametrize("paired", [4096, 16])
+def test_consistency_holds_its_level_where_samples_have_unequal_rows(
+    paired: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pairs_module, "_PAIRED", paired)
+    K, each = 300, 10
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.arange(K * each).repeat_interleave(torch.randint(1, 5, (K * each,), generator=generator))
+    original, destination = (torch.randn(len(rows), 4, generator=generator) for _ in range(2))
+    U = torch.randn(K, 4, generator=generator)
+    given: Any = {"samples": rows, "permutations": 99, "resamples": 1}
+    p = shift_significance(original, 3 + destination, rows % K, U, U, **given).p["consistency"]
+    # Rows that come twice are alike, which makes chance values larger: p is rather too large.
+    for level in (0.05, 0.2):
+        assert float((p <= level).double().mean()) < level + 0.02
+    # Samples that all move alike, each from its own place.
+    found = shift_significance(original, original + 1 + 0.1 * destination, rows % K, U, U, **given)
+    assert (found.p["consistency"] <= 0.05).double().mean() > 0.95
+
+
 def test_a_planted_shift_is_significant() -> None:
     case = Case(rows=120, width=30, shift=2.0)
     found = case.significance(permutations=199)
@@ -309,7 +378,7 @@ def test_a_shift_away_from_the_target_recovers_nothing() -> None:
 def test_empty_concepts_are_defined_and_left_out() -> None:
     case = Case()
     found = case.significance()
-    assert found.empty.tolist() == [False] * 4 + [True]
+    assert found.untested.tolist() == [False] * 4 + [True]
     for measure, ends in found.intervals.items():
         assert ends.shape == (5, 2)
         assert ends.isfinite().all(), measure
@@ -317,8 +386,9 @@ def test_empty_concepts_are_defined_and_left_out() -> None:
     # The rest is as if there were no fifth.
     U, T = case.U[:4], case.targets[:4]
     alone = shift_significance(
-        case.original, case.destination, case.assignment, U, T, permutations=60, resamples=60, seed=3
-    )
+        case.original, case.destination, case.assignment, U, T,
+        destination_assignment=case.destination_assignment, permutations=60, resamples=60, seed=3,
+    )  # fmt: skip
     for test in TESTS:
         assert found.p[test][4] == found.adjusted()[test][4] == 1
         torch.testing.assert_close(found.p[test][:4], alone.p[test])
@@ -363,7 +433,7 @@ def test_rows_of_one_sample_count_as_one() -> None:
     case = Case(shift=0.25)
     once = case.significance(permutations=200, resamples=200)
     many = Case(shift=0.25)
-    for name in ("original", "destination", "assignment"):
+    for name in ("original", "destination", "assignment", "destination_assignment"):
         setattr(many, name, getattr(case, name).repeat_interleave(8, dim=0))
     many.samples = torch.arange(60).repeat_interleave(8)
     grouped = many.significance(permutations=200, resamples=200)
@@ -389,7 +459,7 @@ def test_order_of_the_rows_does_not_matter_where_samples_have_names() -> None:
     case.samples = torch.arange(60)
     found = case.significance()
     order = torch.randperm(60, generator=torch.Generator().manual_seed(9))
-    for name in ("original", "destination", "assignment", "samples"):
+    for name in ("original", "destination", "assignment", "destination_assignment", "samples"):
         setattr(case, name, getattr(case, name)[order])
     other = case.significance()
     for test in ("magnitude", "consistency", "recovery_pairing"):
@@ -494,6 +564,8 @@ def test_bad_input() -> None:
         case.significance(lengths=torch.zeros(5))
     with pytest.raises(ValueError, match=r"`samples` must be an integer tensor \[60\], .* got torch.int64 \[59\]"):
         case.significance(samples=torch.arange(59))
+    with pytest.raises(ValueError, match=r"`destination_assignment` must lie in −1 … 4, got values from 0 to 5"):
+        case.significance(destination_assignment=torch.arange(60) % 6)
     with pytest.raises(ValueError, match=r"`count` must be at least 1"):
         case.draws("pairing", count=0)
     with pytest.raises(ValueError, match=r"`kind` must be one of bootstrap, pairing, directions, got 'swap'"):
@@ -523,7 +595,7 @@ def test_correlation_is_that_of_scipy() -> None:
     assert correlation(x.tolist(), y.tolist()) == found
 
 
-def test_intervals_of_a_correlation_against_a_loop() -> None:
+def test_intervals_of_a_correlation() -> None:
     """Few points, of which many resamples have one value only; these are left out."""
     x, y = [0.0, 1.0, 1.0, 1.0], [0.0, 2.0, 1.0, 3.0]
     found = correlation(x, y, level=0.8, resamples=300, seed=5)
@@ -532,9 +604,22 @@ def test_intervals_of_a_correlation_against_a_loop() -> None:
     kept = [(a, b) for a, b in kept if len(set(a)) > 1 and len(set(b)) > 1]
     assert len(kept) < 250
     assert isinstance(found, Correlation)
-    for name, of in (("pearson", stats.pearsonr), ("spearman", stats.spearmanr)):
-        ends = np.quantile([of(a, b).statistic for a, b in kept], [0.1, 0.9])
-        assert getattr(found, f"{name}_interval") == pytest.approx(tuple(ends))
+    ends = np.quantile([stats.spearmanr(a, b).statistic for a, b in kept], [0.1, 0.9])
+    assert found.spearman_interval == pytest.approx(tuple(ends))
+    # Fisher: atanh r is normal with a standard deviation of 1 / √(n − 3).
+    half = float(stats.norm.ppf(0.9))
+    assert found.pearson_interval == pytest.approx(np.tanh(np.arctanh(found.pearson) + np.array([-half, half])))
+
+
+def test_the_interval_of_pearson_agrees_with_its_p() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        x, y = rng.normal(size=(2, 10))
+        found = correlation(x.tolist(), (y + 0.6 * x).tolist(), resamples=1)
+        assert found is not None
+        if abs(found.pearson_p - 0.05) > 0.01:
+            low, high = found.pearson_interval
+            assert (low <= 0 <= high) == (found.pearson_p > 0.05)
 
 
 def test_undefined_correlations() -> None:
@@ -547,7 +632,6 @@ def test_undefined_correlations() -> None:
     # One value differs, and the only draw does not hold it.
     found = correlation([0.0] * 11 + [1.0], y.tolist(), resamples=1, seed=_seed_of_others(11))
     assert found is not None
-    assert found.pearson_interval is None
     assert found.spearman_interval is None
     with pytest.raises(ValueError, match=r"`x` and `y` must hold one finite value each .* got \[12\] and \[11\]"):
         correlation(x.tolist(), y[1:].tolist())

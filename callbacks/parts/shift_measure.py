@@ -23,7 +23,7 @@ from ...concepts import (
     strongest,
     t_overlap,
 )
-from ...concepts.intervals import around
+from ...concepts.intervals import around, mean_intervals
 from ...datamodules.stored_features import held_out_ids
 from ...lightning_modules.backbone.readout import Readout
 from .concept_states import ConceptStates
@@ -31,6 +31,7 @@ from .grounding import GroundingOptions, pictures_of, words_of
 from .paired_states import PairedStates
 
 Pictures = list[list[dict[str, Any]]]
+Matching = Literal["bijective", "nearest"]
 LEVEL = 0.95
 """Of all intervals; and 1 − this of all tests."""
 # Top pictures of a concept by which recovery is judged (arXiv 2501.03012); at most this share of the samples, because
@@ -48,17 +49,18 @@ class ShiftOptions:
         matching: Counterparts in the destination: `bijective` (one each) or `nearest`.
         permutations: Random draws of each null of the vectors.
         resamples: Bootstrap samples of the intervals.
-        word_draws: Draws of each null and of the bootstrap for which words are read, which costs more.
+        word_draws: Draws of each null and of the bootstrap for which words are read, which costs more. Of K concepts,
+            a single one can be found significant with 20 K draws.
         seeds: Further seeds to learn both dictionaries with, to tell the shift from what another seed changes.
         seed: Seed of all draws.
     """
 
     alpha: float = 1.0
     average: Average = "mean"
-    matching: Literal["bijective", "nearest"] = "bijective"
+    matching: Matching = "bijective"
     permutations: int = 1000
     resamples: int = 1000
-    word_draws: int = 100
+    word_draws: int = 400
     seeds: int = 1
     seed: int = 0
 
@@ -66,15 +68,17 @@ class ShiftOptions:
         """Check what can be checked before hours of extraction.
 
         Raises:
-            ValueError: A number is too small, or α not finite.
+            ValueError: A number is too small, or α not finite, or there is no such average or matching.
         """
-        for name, least in (("permutations", 1), ("resamples", 1), ("word_draws", 1), ("seeds", 0)):
+        # With fewer draws, no p-value could reach 0.05.
+        for name, least in (("permutations", 19), ("resamples", 1), ("word_draws", 19), ("seeds", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"options.{name} must be at least {least}, got {getattr(self, name)}")
         if not abs(self.alpha) < float("inf"):
             raise ValueError(f"options.alpha must be finite, got {self.alpha}")
-        if self.average not in get_args(Average):
-            raise ValueError(f"options.average must be one of {', '.join(get_args(Average))}, got {self.average!r}")
+        for name, known in (("average", get_args(Average)), ("matching", get_args(Matching))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"options.{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,8 @@ class Moved:
 
     Attributes:
         pairs: The states.
-        assignment: Concept of each pair [M].
+        assignment: Concept of each pair in the original [M].
+        arrived: Concept that the original's dictionary gives the destination's states [M].
         lengths: How long each concept is among the states [K].
         shift: The shift vectors.
         U: Concepts of the original, shifted, and of the destination [K, D].
@@ -94,6 +99,7 @@ class Moved:
 
     pairs: PairedStates
     assignment: Tensor
+    arrived: Tensor
     lengths: Tensor
     shift: ConceptShift
     U: tuple[Tensor, Tensor, Tensor]
@@ -159,6 +165,7 @@ class ShiftMeasure:
         return Moved(
             pairs,
             assignment,
+            self.original.assign(B),
             lengths,
             shift,
             (U_a, U_s, U_b),
@@ -185,6 +192,7 @@ class ShiftMeasure:
             moved.assignment,
             moved.U[0],
             moved.U[2][moved.found.matching],
+            destination_assignment=moved.arrived,
             alpha=options.alpha,
             lengths=moved.lengths,
             average=options.average,
@@ -198,18 +206,25 @@ class ShiftMeasure:
             self._test_words(moved, found)
         return found
 
+    def recovered_interval(self, moved: Moved) -> Tensor:
+        """Bootstrap interval of the recovery of words [K, 2], percent."""
+        shifted = moved.found.recovery_shifted.cpu()
+        return around(self._recovered(moved, "bootstrap"), shifted, LEVEL).clamp(0, 100)
+
     def _test_words(self, moved: Moved, into: ShiftSignificance) -> None:
-        """Recovery of words: a gain counts only where it is one, as in the tests of vectors."""
+        """Recovery of words: a gain counts only where it is one, and by a shift that is one, as in the other tests."""
         before = moved.found.recovery_original.cpu()
         gain = moved.found.recovery_gain.cpu().clamp_min(0)
-        shifted = moved.found.recovery_shifted.cpu()
-        interval = around(self._recovered(moved, "bootstrap"), shifted, LEVEL).clamp(0, 100)
+        interval = self.recovered_interval(moved)
         into.intervals.update(recovery_shifted=interval, recovery_gain=interval - before[:, None])
-        for test, null in (
-            ("words_pairing", self._recovered(moved, "pairing")),
-            ("words_direction", self._recovered(moved, "directions")),
-        ):
-            into.p[test] = (1 + ((null - before).clamp_min(0) >= gain).sum(dim=0)) / (1 + len(null))
+        nulls: tuple[tuple[str, Literal["pairing", "directions"]], ...] = (
+            ("words_pairing", "pairing"),
+            ("words_direction", "directions"),
+        )
+        for test, kind in nulls:
+            as_large = (self._recovered(moved, kind) - before).clamp_min(0) >= gain
+            p = (1 + as_large.sum(dim=0)).double() / (1 + len(as_large))
+            into.p[test] = p.maximum(into.p["magnitude"])
 
     def _recovered(self, moved: Moved, kind: Literal["bootstrap", "pairing", "directions"]) -> Tensor:
         """T-Overlap of concepts that are shifted by drawn vectors [draws, K]."""
@@ -222,16 +237,20 @@ class ShiftMeasure:
         overlaps = [t_overlap(of, targets[row % len(targets)]) for row, of in enumerate(words)]
         return torch.tensor(overlaps).reshape(len(draws), len(targets))
 
-    def other_seeds(self, destination: ConceptDictionary, moved: Moved) -> dict[str, Any] | None:
+    def other_seeds(self, destination: ConceptDictionary, moved: Moved) -> dict[str, Any]:
         """What further seeds change: between two dictionaries of the original, and in what the shift recovers.
 
         A shift is one only beyond the first: two dictionaries of one model differ too.
+
+        Returns:
+            `seeds`: their number, and the mean over the concepts for each of them; `seed_intervals`: of the mean over
+            all of them. Nothing without further seeds.
         """
         options = self.options
         if not options.seeds:
-            return None
+            return {}
         U_a, U_s, _ = moved.U
-        rows: dict[str, list[float]] = {}
+        values: dict[str, list[Tensor]] = {}
         for further in range(1, options.seeds + 1):
             for name, dictionary, states, shifted in (
                 ("original", self.original, moved.pairs.a, U_a),
@@ -239,11 +258,15 @@ class ShiftMeasure:
             ):
                 again = learned_again(dictionary, states, dictionary.seed + further).dictionary.to(U_a)
                 words = Groundings(moved.words.original, getattr(moved.words, name), self.words(again))
-                empty = moved.shift.empty if name == "shifted" else torch.zeros_like(moved.shift.empty)
-                means = recovery(U_a, shifted, again, empty, words, method=options.matching).means()
-                for measure in ("cosine", "recovery"):
-                    rows.setdefault(f"{measure}_{name}", []).append(means[f"{measure}_shifted"])
-        return {"seeds": options.seeds, **rows}
+                found = recovery(U_a, shifted, again, moved.shift.empty, words, method=options.matching)
+                for measure, of in (("cosine", found.cosine_shifted), ("recovery", found.recovery_shifted)):
+                    values.setdefault(f"{measure}_{name}", []).append(of[~found.empty].cpu())
+        means = torch.stack([torch.stack(of).mean(dim=0) for of in values.values()], dim=1)
+        intervals = mean_intervals(means, LEVEL, options.resamples, options.seed).tolist()
+        return {
+            "seeds": {"seeds": options.seeds, **{name: [float(v.mean()) for v in of] for name, of in values.items()}},
+            "seed_intervals": dict(zip(values, intervals, strict=True)),
+        }
 
 
 def learned_again(dictionary: ConceptDictionary, states: ConceptStates, seed: int | None = None) -> ConceptDictionary:

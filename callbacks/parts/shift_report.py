@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -10,10 +11,10 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from ...concepts import ConceptDictionary, ShiftSignificance, correlation
+from ...concepts import ConceptDictionary, ConceptShift, ShiftSignificance, correlation
+from ...concepts.intervals import mean_intervals
 from ...datamodules.files import write_json
 from ...datamodules.stored_features import FeatureStore
-from ...metrics import bootstrap_interval
 from .shift_figures import (
     project_shifts,
     recovery_figure,
@@ -31,6 +32,7 @@ _PER_CONCEPT = (
     "l2_original", "l2_shifted", "delta_l2", "delta_l2_normalised",
 )  # fmt: skip
 _OF_SHIFT = ("consistency", "pairwise_cosine", "magnitude", "mean_magnitude")
+_OF_SEVERAL = ("consistency", "pairwise_cosine")
 # What a concept without a shift has all the same.
 _BEFORE = ("recovery_original", "image_recovery_original", "cosine_original", "l2_original")
 
@@ -68,8 +70,11 @@ def write_shift(
         "original": measure.original.metadata["variant"],
         "destination": name,
         **summarise(moved, measure.tested(moved), measure.options),
-        "seeds": measure.other_seeds(destination, moved),
+        **measure.other_seeds(destination, moved),
     }
+    # What an earlier run left, and this one may not write.
+    (out / "trajectory.json").unlink(missing_ok=True)
+    shutil.rmtree(out / "figures", ignore_errors=True)
     figures = {"words": words_figure(summary), "recovery": recovery_figure(summary), "samples": _samples(moved)}
     summary["figures"] = save_figures(figures, out)
     moved.shift.save(
@@ -133,9 +138,8 @@ def summarise(moved: Moved, significance: ShiftSignificance, options: ShiftOptio
     """
     shift, found = moved.shift, moved.found
     adjusted = significance.adjusted()
-    kept = ~shift.empty
-    gain = found.recovery_gain[kept]
-    of_shift = {name: getattr(shift, name)[kept].tolist() for name in _OF_SHIFT}
+    tested = ~significance.untested
+    of_shift = {name: getattr(shift, name)[kept] for name in _OF_SHIFT if bool((kept := _defined(shift, name)).any())}
     return {
         "alpha": options.alpha,
         "average": options.average,
@@ -144,36 +148,43 @@ def summarise(moved: Moved, significance: ShiftSignificance, options: ShiftOptio
         "samples": moved.pairs.n_samples,
         "unpaired": moved.pairs.unpaired,
         "empty_concepts": shift.empty.nonzero().flatten().tolist(),
+        "untested_concepts": significance.untested.nonzero().flatten().tolist(),
         "level": LEVEL,
         "permutations": options.permutations,
         "resamples": options.resamples,
         "word_draws": options.word_draws,
-        "means": {**found.means(), **{name: sum(values) / len(values) for name, values in of_shift.items()}},
+        "means": {**found.means(), **{name: float(values.double().mean()) for name, values in of_shift.items()}},
         "intervals": {
-            **found.intervals(LEVEL),
-            **{name: list(bootstrap_interval(values, LEVEL)) for name, values in of_shift.items()},
+            **found.intervals(LEVEL, options.resamples, options.seed),
+            **{name: _interval(values, options) for name, values in of_shift.items()},
         },
-        "correlations": {name: _correlated(getattr(shift, name)[kept], gain) for name in ("consistency", "magnitude")},
+        "correlations": {name: _correlated(moved, name, options) for name in _OF_SHIFT},
         "tests": {
-            test: {"significant": int((p[kept] <= 1 - LEVEL).sum()), "concepts": int(kept.sum())}
+            test: {"significant": int((p[tested] <= 1 - LEVEL).sum()), "concepts": int(tested.sum())}
             for test, p in adjusted.items()
         },
-        "concepts": [_row(moved, k, significance.intervals, significance.p, adjusted) for k in range(len(kept))],
+        "concepts": [_row(moved, k, significance, adjusted) for k in range(len(tested))],
     }
 
 
-def _correlated(x: Tensor, gain: Tensor) -> dict[str, Any] | None:
-    found = correlation(x, gain)
+def _defined(shift: ConceptShift, measure: str) -> Tensor:
+    """Concepts that have a measure, [K], bool: one sample alone is no more consistent than another."""
+    return shift.counts > (1 if measure in _OF_SEVERAL else 0)
+
+
+def _interval(values: Tensor, options: ShiftOptions) -> list[float]:
+    return mean_intervals(values[:, None], LEVEL, options.resamples, options.seed)[0].tolist()
+
+
+def _correlated(moved: Moved, measure: str, options: ShiftOptions) -> dict[str, Any] | None:
+    """How a measure of the shift goes with what it recovers."""
+    kept = _defined(moved.shift, measure)
+    x, gain = getattr(moved.shift, measure)[kept], moved.found.recovery_gain[kept]
+    found = correlation(x, gain, LEVEL, options.resamples, options.seed)
     return None if found is None else asdict(found)
 
 
-def _row(
-    moved: Moved,
-    k: int,
-    intervals: Mapping[str, Tensor],
-    p: Mapping[str, Tensor],
-    adjusted: Mapping[str, Tensor],
-) -> dict[str, Any]:
+def _row(moved: Moved, k: int, significance: ShiftSignificance, adjusted: Mapping[str, Tensor]) -> dict[str, Any]:
     """What is reported of one concept of the original."""
     empty = bool(moved.shift.empty[k])
     matched = int(moved.found.matching[k])
@@ -181,7 +192,10 @@ def _row(
         **{name: getattr(moved.found, name) for name in _PER_CONCEPT},
         **{name: getattr(moved.shift, name) for name in _OF_SHIFT},
     }
-    before_shift = ("recovery_original", "image_recovery_original", "cosine_original", "l2_original")
+    undefined = {name for name in _OF_SHIFT if not bool(_defined(moved.shift, name)[k])}
+    undefined |= {name for name in _PER_CONCEPT if empty and name not in _BEFORE}
+    single, untested = int(moved.shift.counts[k]) < 2, bool(significance.untested[k])
+    p = {} if untested else {test: float(value[k]) for test, value in significance.p.items()}
     return {
         "concept": k,
         "samples": int(moved.shift.counts[k]),
@@ -192,8 +206,9 @@ def _row(
         "images_original": moved.pictures.original[k],
         "images_shifted": [] if empty else moved.pictures.shifted[k],
         "images_destination": moved.pictures.destination[matched],
-        **{name: None if empty and name not in before_shift else float(value[k]) for name, value in values.items()},
-        "intervals": {} if empty else {name: value[k].tolist() for name, value in intervals.items()},
-        "p": {} if empty else {test: float(value[k]) for test, value in p.items()},
-        "p_adjusted": {} if empty else {test: float(value[k]) for test, value in adjusted.items()},
+        **{name: None if name in undefined else float(value[k]) for name, value in values.items()},
+        "intervals": {} if single else {name: value[k].tolist() for name, value in significance.intervals.items()},
+        "too_few_samples": untested,
+        "p": p,
+        "p_adjusted": {test: float(adjusted[test][k]) for test in p},
     }
