@@ -12,7 +12,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 
-from ..datamodules.stored_features import replacing
+from ..datamodules.files import replacing
 from ..lightning_modules.backbone.destinations import step_of
 from ..lightning_modules.base import BackboneModule
 from .parts.processes import SHARDING

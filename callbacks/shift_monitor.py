@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,11 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from ..concepts import ConceptDictionary, load_dictionary
 from ..datamodules.base import PictureDataModule
-from ..datamodules.stored_features import FeatureShardWriter, FeatureStore, begin_store, extend_store, merge_store
+from ..datamodules.stored_features import FeatureShardWriter, FeatureStore, Row, begin_store, extend_store, merge_store
 from ..lightning_modules import FineTuning
 from ..lightning_modules.backbone.destinations import ORIGINAL, step_of
 from ..lightning_modules.backbone.readout import Readout
@@ -33,6 +34,10 @@ from .parts.trajectory import point
 from .shift_meter import GROUNDING, OPTIONS
 
 _SHARD_ROWS = 4096
+# What is written when training ends.
+_RESULTS = ("shift.json", "shift.safetensors", "trajectory.json", "figures", "destination/dictionary.safetensors")
+# What grows, and what says nothing of what was probed.
+_NOT_COMPARED = {"variants", "versions"}
 
 
 class ShiftMonitor(Callback):
@@ -43,11 +48,14 @@ class ShiftMonitor(Callback):
     shift of every concept, its consistency, and how well it recovers the concepts that the model has by then go to
     TensorBoard (`shift/<name>/live/…`), with words and pictures. When training ends, all of it is measured and tested
     as `ShiftMeter` does, towards the last model: `shift.json`, `trajectory.json` and figures in `out`, which
-    `conceptshift report` shows. The states stay in `out/features`, an ordinary feature store.
+    `conceptshift report` shows. The states stay in `out/features`, an ordinary feature store. The live `cosine_shifted`
+    and `recovery_shifted` compare with a dictionary that is learned from that very step's states, the ones afterwards
+    with the last step's: a jump in the live curves may be another dictionary, and not a move of the concept.
 
     A probe of n samples costs about as much as n / (3 · batch size) steps of full training, or n / (2 · batch size)
-    of LoRA: by default 256 samples every 100 steps, so 3 to 8 % with batches of 32 to 16. What it did cost is in
-    `shift/<name>/live/cost`.
+    of LoRA: by default 256 samples every 100 steps, so 3 to 8 % with batches of 32 to 16. What it did cost of the
+    time since the start, reading the original included, is in `shift/<name>/live/cost`; the tests when training ends
+    come on top.
 
     Args:
         data: Data whose predict split is probed; what its samples should be answered with is read.
@@ -128,16 +136,23 @@ class ShiftMonitor(Callback):
         )  # fmt: skip
         self._skipped = gather(self._probe.skipped)
         step = trainer.global_step
+        metadata = describe_probe(trainer, pl_module, self.data, self.samples, self.site, self.selector)
         resumed = trainer.strategy.broadcast(step > 0 and (self.folder / "states.parquet").is_file())
         if resumed:
+            # Refused on all processes, or the others would wait for this one.
+            if odd := trainer.strategy.broadcast(self._differs(metadata, pl_module) if trainer.is_global_zero else ""):
+                raise ValueError(
+                    f"{self.folder}: holds the probes of another run ({odd} differs), so that they cannot be gone on "
+                    "with; give ShiftMonitor another `out`, or start anew without --ckpt_path"
+                )
             self._last = trainer.strategy.broadcast(self._take_up(step) if trainer.is_global_zero else 0)
         else:
-            self._begin(trainer, pl_module)
+            self._begin(trainer, pl_module, metadata)
         if trainer.is_global_zero:
             self._measure = self._prepared(resumed)
         self._seconds += time.perf_counter() - self._started
 
-    def _begin(self, trainer: L.Trainer, pl_module: FineTuning) -> None:
+    def _begin(self, trainer: L.Trainer, pl_module: FineTuning, metadata: Row) -> None:
         if trainer.global_step > 0 and pl_module.lora is None:
             raise ValueError(
                 f"{self.folder}: has no states of the original, and the resumed model is no longer it; resume beside "
@@ -146,14 +161,31 @@ class ShiftMonitor(Callback):
         with pl_module.backbone.running_as(ORIGINAL):
             probed = self._read(trainer, pl_module, ORIGINAL)
         if trainer.is_global_zero:
-            metadata = describe_probe(trainer, pl_module, self.data, self.samples, self.site, self.selector)
             begin_store(self.folder, metadata, resumed=False, overwrite=True)
+            self._remove_results()
             pl_module.readout.save(self.folder)
             self._add(probed, [ORIGINAL])
         self._last = trainer.global_step
 
+    def _remove_results(self) -> None:
+        """Let no results stand beside states that they are not of."""
+        found = [path for path in (self.out / name for name in _RESULTS) if path.exists()]
+        if found:
+            rank_zero_warn(f"{self.out}: the results of an earlier run are removed; this run writes its own")
+        for path in found:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def _differs(self, metadata: Row, pl_module: FineTuning) -> str:
+        """The first thing in which the probes that are there are not this run's; empty where all is the same."""
+        found = FeatureStore(self.folder).metadata
+        # A model that is trained fully is no longer the original.
+        ignored = _NOT_COMPARED | (set() if pl_module.lora else {"weights_hash"})
+        keys = sorted({*found, *metadata} - ignored)
+        return next((key for key in keys if found.get(key) != metadata.get(key)), "")
+
     def _take_up(self, step: int) -> int:
         """Drop what an interrupted run probed behind the checkpoint that it is resumed from."""
+        self._remove_results()
         kept = [name for name in FeatureStore(self.folder).metadata["variants"] if (step_of(name) or 0) <= step]
         extend_store(self.folder, kept)
         merge_store(self.folder, self._skipped)
@@ -209,7 +241,7 @@ class ShiftMonitor(Callback):
             writer.add_scalar(f"shift/{self.out.name}/live/cost", self._cost(), step)
 
     def _cost(self) -> float:
-        """Share of the training time that went into it."""
+        """Share of the time since the start that went into it."""
         return self._seconds / max(time.perf_counter() - self._started, 1e-9)
 
     def _read(self, trainer: L.Trainer, pl_module: FineTuning, variant: str) -> Probed:
@@ -236,8 +268,12 @@ class ShiftMonitor(Callback):
         seen = point(name, step, moved, moved)
         del seen["means"]["aligned"]
         show_point(writer, f"{self.out.name}/live", seen)
+        labels = [
+            f"{row['concept']}: {' '.join(row['words_shifted'][:3]) if row['samples'] else 'no sample'}"
+            for row in seen["concepts"]
+        ]
         paths = [[picture["image"] for picture in pictures] for pictures in moved.pictures.shifted]
-        writer.add_image(f"shift/{self.out.name}/live/pictures", picture_grid(paths), step, dataformats="HWC")
+        writer.add_figure(f"shift/{self.out.name}/live/pictures", picture_grid(labels, paths), step)
 
     def _states(self, names: list[str]) -> dict[str, ConceptStates]:
         store = FeatureStore(self.folder)
@@ -257,7 +293,7 @@ class ShiftMonitor(Callback):
             self._probe_now(trainer, pl_module, trainer.global_step)
         if not trainer.is_global_zero:
             return
-        begun = time.perf_counter()
+        begun, while_training = time.perf_counter(), self._cost()
         store = FeatureStore(self.folder)
         names = [name for name in store.metadata["variants"] if name != ORIGINAL]
         if not names:
@@ -271,4 +307,7 @@ class ShiftMonitor(Callback):
         moved = self._moved(states, destination)
         write_shift(self.out, self._measure, destination, moved, store, tensorboard(trainer))
         self._seconds += time.perf_counter() - begun
-        rank_zero_info(f"{self.out}: probed {len(names)} times, in {100 * self._cost():.1f} % of the training time")
+        rank_zero_info(
+            f"{self.out}: probed the original and {len(names)} steps, in {100 * while_training:.1f} % of the training "
+            f"time; with the tests at the end {100 * self._cost():.1f} % of all"
+        )

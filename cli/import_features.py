@@ -13,8 +13,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .. import __version__
+from ..datamodules.files import replacing
 from ..datamodules.foreign_features import ForeignFeatures, sample_ids
-from ..datamodules.stored_features import FeatureShardWriter, FeatureStore, Row, begin_store, merge_store, replacing
+from ..datamodules.stored_features import FeatureShardWriter, FeatureStore, Row, begin_store, merge_store
 from ..lightning_modules import VisionLanguageModel
 from ..lightning_modules.backbone import Selector
 from ..lightning_modules.backbone.destinations import DESTINATION, ORIGINAL

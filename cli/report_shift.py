@@ -33,11 +33,11 @@ _SINGLES = (
 _TESTS = {
     "magnitude": (
         "shift",
-        "Δ is longer than where original and fine-tuned states are swapped at random within samples",
+        "its pairs differ by more than where original and fine-tuned states are swapped at random within samples",
     ),
     "consistency": (
         "move consistently",
-        "samples follow Δ more closely than where the fine-tuned states are permuted over the samples of the concept",
+        "samples follow their mean more closely than where the fine-tuned states are permuted over them",
     ),
     "recovery_pairing": (
         "come nearer to their match through their own samples",
@@ -62,6 +62,13 @@ _SEEDS = {
     "recovery_original": ("the same: words in common, %", 1),
     "cosine_shifted": ("Shifted concepts and the fine-tuned model’s of another seed: cosine", 3),
     "recovery_shifted": ("the same: words in common, %", 1),
+}
+# What is correlated with the gain of recovery.
+_CORRELATED = {
+    "consistency": "Consistency",
+    "pairwise_cosine": "Mean cosine between the shifts of two samples",
+    "magnitude": "Magnitude of Δ",
+    "mean_magnitude": "Mean magnitude of the samples’ shifts",
 }
 _AVERAGES = {"mean": "mean of its samples’ shifts", "median": "median of its samples’ shifts",
              "trimmed_mean": "trimmed mean of its samples’ shifts"}  # fmt: skip
@@ -89,11 +96,13 @@ SHIFT: Shape = {
     **dict.fromkeys(("recovery_original", "recovery_shifted", "consistency", "magnitude"), NUMBER),
     "unpaired": {ANY: NUMBER},
     "empty_concepts": [COUNT],
+    "untested_concepts": [COUNT],
     "means": {ANY: NUMBER},
     "intervals": {ANY: PAIR},
     "correlations": {ANY: _CORRELATION},
     "tests": {ANY: {"significant": NUMBER, "concepts": NUMBER}},
     "seeds": {ANY: NUMBERS},
+    "seed_intervals": {ANY: PAIR},
     "figures": {ANY: TEXT},
     "concepts": [_CONCEPT],
 }
@@ -130,6 +139,7 @@ class Concept:
         bounds: Interval of that, if it is known.
         gain: How much it rises.
         values: Name → value of each measure.
+        untested: Whether it has too few samples to test.
         significant: Whether it shifts at all.
         p_adjusted: How sure that is, after Benjamini and Hochberg.
         tests: Name, p and adjusted p of each test; none if nothing was tested.
@@ -145,6 +155,7 @@ class Concept:
     bounds: list[float] | None
     gain: float | None
     values: dict[str, Value]
+    untested: bool
     significant: bool
     p_adjusted: str
     tests: list[tuple[str, str, str]]
@@ -158,7 +169,8 @@ def shift_view(shift: Json, pictures: Pictures) -> Json:
         pictures: Reads a picture.
     """
     empty = set(shift.get("empty_concepts") or [])
-    rows = [_concept(row, row["concept"] in empty, pictures) for row in shift["concepts"]]
+    untested = set(shift.get("untested_concepts") or []) - empty
+    rows = [_concept(row, row["concept"] in empty, row["concept"] in untested, pictures) for row in shift["concepts"]]
     none_last = -math.inf
     rows.sort(key=lambda c: (not c.samples, -(none_last if c.gain is None else c.gain), c.number))
     return {
@@ -168,9 +180,11 @@ def shift_view(shift: Json, pictures: Pictures) -> Json:
         "intervals": bool(shift.get("intervals")),
         "singles": _singles(shift),
         "tests": [_test(name, found) for name, found in _in_order(shift.get("tests"), _TESTS) if found],
+        "untested": len(untested),
         "draws": _draws(shift),
         "correlations": _correlations(shift),
-        "seeds": [_seed(name, value) for name, value in _in_order(shift.get("seeds"), _SEEDS) if value is not None],
+        "seeds": _seeds(shift),
+        "seed_intervals": bool(shift.get("seed_intervals")),
         "concepts": rows[:_CONCEPTS],
         "total": len(rows),
     }
@@ -238,13 +252,14 @@ def _test(name: str, found: Json) -> tuple[str, str, str]:
 def _correlations(shift: Json) -> list[tuple[str, list[tuple[Value, str]], str]]:
     """Of the recovery gain with each measure: its name, Pearson's and Spearman's with p, and the number of concepts."""
     rows = []
-    for name, found in (shift.get("correlations") or {}).items():
+    for name, found in _in_order(shift.get("correlations"), _CORRELATED):
         if found:
             values = [
                 (Value(fixed(found.get(kind), 2), interval(found.get(f"{kind}_interval"), 2)), found.get(f"{kind}_p"))
                 for kind in ("pearson", "spearman")
             ]
-            rows.append((name, [(value, chance(p)) for value, p in values], fixed(found.get("concepts"), 0)))
+            title = _CORRELATED.get(name, name)
+            rows.append((title, [(value, chance(p)) for value, p in values], fixed(found.get("concepts"), 0)))
     return rows
 
 
@@ -254,12 +269,17 @@ def _in_order(found: Json | None, known: Json) -> list[tuple[str, Any]]:
     return sorted((found or {}).items(), key=lambda item: places.get(item[0], len(places)))
 
 
-def _seed(name: str, value: Any) -> tuple[str, str]:
-    title, digits = _SEEDS.get(name, (name.replace("_", " ").capitalize(), 3))
-    return title, ", ".join(fixed(one, digits) for one in (value if isinstance(value, list) else [value]))
+def _seeds(shift: Json) -> list[tuple[str, Value]]:
+    rows = []
+    for name, value in _in_order(shift.get("seeds"), _SEEDS):
+        if value is not None:
+            title, digits = _SEEDS.get(name, (name.replace("_", " ").capitalize(), 3))
+            text = ", ".join(fixed(one, digits) for one in (value if isinstance(value, list) else [value]))
+            rows.append((title, Value(text, interval(get(shift, "seed_intervals", name), digits))))
+    return rows
 
 
-def _concept(row: Json, empty: bool, pictures: Pictures) -> Concept:
+def _concept(row: Json, empty: bool, untested: bool, pictures: Pictures) -> Concept:
     samples = 0 if empty else row.get("samples") or 0
     original, shifted, destination = (row.get(f"words_{name}") or [] for name in ("original", "shifted", "destination"))
     before, after = as_number(row.get("recovery_original")), as_number(row.get("recovery_shifted"))
@@ -282,6 +302,7 @@ def _concept(row: Json, empty: bool, pictures: Pictures) -> Concept:
         values={
             name: Value(fixed(row.get(name), 2), interval(bounds.get(name), 2)) for name in ("consistency", "magnitude")
         },
+        untested=untested,
         significant=adjusted is not None and adjusted <= _SIGNIFICANT,
         p_adjusted=chance(adjusted),
         tests=[

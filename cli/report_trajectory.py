@@ -21,6 +21,7 @@ _MEANS = (
     ("Recovery, %", 1, "recovery_shifted"),
 )
 _MEASURES: dict[str, Shape] = dict.fromkeys((key for _, _, key in _MEANS), NUMBER)
+_ROW: Shape = {"concept!": COUNT, "samples": COUNT, **_MEASURES, "words_shifted": [TEXT], "intervals": {ANY: PAIR}}
 TRAJECTORY: Shape = {
     **dict.fromkeys(("method", "site", "selector", "average", "matching"), TEXT),
     **dict.fromkeys(("alpha", "pairs", "level"), NUMBER),
@@ -31,13 +32,14 @@ TRAJECTORY: Shape = {
     "images_original": [PICTURES],
     "images_destination": [PICTURES],
     "figures": {ANY: TEXT},
+    "start": {"means": _MEASURES, "concepts": [_ROW]},
     "points": [
         {
             "variant": TEXT,
             "step!": COUNT,
             "means": _MEASURES,
             "intervals": {ANY: PAIR},
-            "concepts!": [{"concept!": COUNT, "samples": COUNT, **_MEASURES, "words_shifted": [TEXT]}],
+            "concepts!": [_ROW],
         }
     ],
 }
@@ -57,7 +59,7 @@ class Moving:
 
     number: int
     matched: str
-    words: list[tuple[str, list[Word], str, str]]
+    words: list[tuple[str, list[Word], Value | None, Value | None]]
     pictures: dict[str, list[Picture]]
 
 
@@ -69,12 +71,15 @@ def trajectory_view(trajectory: Json, pictures: Pictures) -> Json:
         pictures: Reads a picture.
     """
     points = trajectory["points"]
-    steps = _some(points)
+    steps, start = _some(points), trajectory.get("start")
+    named = [(_name(point), point) for point in points]
+    if start:
+        named.insert(0, ("original", start))
     return {
         "facts": facts(trajectory),
         "level": fixed(100 * (as_number(trajectory.get("level")) or 0.95), 0),
         "columns": [name for name, _, _ in _MEANS],
-        "means": [(_name(point), [_value(point, key, digits) for _, digits, key in _MEANS]) for point in points],
+        "means": [(name, [_mean(point, key, digits) for _, digits, key in _MEANS]) for name, point in named],
         "concepts": [_moving(trajectory, steps, concept, pictures) for concept in most_moving(points)],
         "left_out": len(points) - len(steps),
     }
@@ -93,8 +98,18 @@ def _name(point: Json) -> str:
     return f"step {fixed(point['step'], 0)}"
 
 
-def _value(point: Json, key: str, digits: int) -> Value:
+def _mean(point: Json, key: str, digits: int) -> Value:
     return Value(fixed(get(point, "means", key), digits), interval(get(point, "intervals", key), digits))
+
+
+def _measured(point: Json, concept: int) -> tuple[Json, Value, Value]:
+    """A concept at a checkpoint: what is known of it, its recovery, and its magnitude."""
+    row: Json = next((row for row in point.get("concepts") or () if row["concept"] == concept), {})
+    recovery, magnitude = (
+        Value(fixed(row.get(key), digits), interval(get(row, "intervals", key), digits))
+        for key, digits in (("recovery_shifted", 0), ("magnitude", 2))
+    )
+    return row, recovery, magnitude
 
 
 def _moving(trajectory: Json, steps: Sequence[Json], concept: int, pictures: Pictures) -> Moving:
@@ -103,14 +118,15 @@ def _moving(trajectory: Json, steps: Sequence[Json], concept: int, pictures: Pic
         return values[concept] if concept < len(values) else None
 
     original, destination = of("words_original") or [], of("words_destination") or []
-    rows = [("original", marked(original, original, destination), "", "")]
+    start = trajectory.get("start")
+    _, recovery, magnitude = _measured(start, concept) if start else (None, None, None)
+    rows = [("original", marked(original, original, destination), recovery, magnitude)]
     last: list[str] = []
     for point in steps:
-        row: Json = next((row for row in point["concepts"] if row["concept"] == concept), {})
+        row, recovery, magnitude = _measured(point, concept)
         last = row.get("words_shifted") or []
-        recovery, magnitude = fixed(row.get("recovery_shifted"), 0), fixed(row.get("magnitude"), 2)
         rows.append((_name(point), marked(last, original, destination), recovery, magnitude))
-    rows.append(("fine-tuned", marked(destination, original, last), "", ""))
+    rows.append(("fine-tuned", marked(destination, original, last), None, None))
     return Moving(
         number=concept,
         matched=fixed(of("matched"), 0),

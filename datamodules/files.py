@@ -1,10 +1,12 @@
-"""Writes files that are complete or absent."""
+"""Writes files and folders that are complete or absent."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,3 +40,29 @@ def write_json(path: Path, value: Any) -> None:
     """Write a value as readable JSON, complete or not at all."""
     text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False)
     write_whole(path, lambda working: working.write_text(text, encoding="utf-8"))
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """Give a hidden folder, which takes another's place when the block ends, and is removed where it fails.
+
+    Whenever the process is killed, the folder is the old one or the new one, whole, or for a moment missing. What then
+    lies about, `.<name>.part` and `.<name>.replaced`, the next call removes.
+
+    Args:
+        folder: The one to replace, which need not be there. Where it is a link, what it leads to is replaced.
+    """
+    folder = folder.resolve()
+    working, aside = (folder.with_name(f".{folder.name}.{ending}") for ending in ("part", "replaced"))
+    for left in (working, aside):
+        shutil.rmtree(left, ignore_errors=True)
+    working.mkdir(parents=True)
+    try:
+        yield working
+    except BaseException:
+        shutil.rmtree(working, ignore_errors=True)
+        raise
+    if folder.exists():
+        folder.rename(aside)
+    working.rename(folder)
+    shutil.rmtree(aside, ignore_errors=True)

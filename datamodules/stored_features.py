@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .files import write_json, write_whole
+from .files import replacing, write_json, write_whole
 
 STATE_COLUMNS = pa.schema(
     [
@@ -184,32 +182,6 @@ def begin_store(folder: Path, metadata: Row, resumed: bool, overwrite: bool) -> 
         return
     with replacing(folder) as working:
         write_json(working / "metadata.json", metadata)
-
-
-@contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
-    """Give a hidden folder, which takes another's place when the block ends, and is removed where it fails.
-
-    Whenever the process is killed, the folder is the old one or the new one, whole, or for a moment missing. What then
-    lies about, `.<name>.part` and `.<name>.replaced`, the next call removes.
-
-    Args:
-        folder: The one to replace, which need not be there. Where it is a link, what it leads to is replaced.
-    """
-    folder = folder.resolve()
-    working, aside = (folder.with_name(f".{folder.name}.{ending}") for ending in ("part", "replaced"))
-    for left in (working, aside):
-        shutil.rmtree(left, ignore_errors=True)
-    working.mkdir(parents=True)
-    try:
-        yield working
-    except BaseException:
-        shutil.rmtree(working, ignore_errors=True)
-        raise
-    if folder.exists():
-        folder.rename(aside)
-    working.rename(folder)
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _read_json(path: Path) -> Row | None:

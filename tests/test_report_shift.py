@@ -121,9 +121,10 @@ def make_shift(run: Path, name: str = "kmeans", **changes: Any) -> Path:
         "means": {"recovery_original": 31.04, "recovery_shifted": 64.5, "recovery_gain": 33.46, "l2_original": 5.0,
                   "l2_shifted": 4.2, "delta_l2": 0.8, "consistency": 0.812, "magnitude": 3.25},
         "intervals": {"recovery_shifted": [51.0, 70.25], "consistency": [0.7, 0.9]},
-        "correlations": {"consistency": found, "magnitude": None},
+        "correlations": {"consistency": found, "magnitude": None, "mean_magnitude": found, "pairwise_cosine": found},
         "tests": {test: {"significant": place, "concepts": 2} for place, test in enumerate(TESTS[:3])},
         "seeds": {"seeds": 2, "cosine_original": [0.93, 0.9], "recovery_original": [81.0, 79.5]},
+        "seed_intervals": {"cosine_original": [0.85, 0.97]},
         "figures": {}, "concepts": rows,
     }  # fmt: skip
     content |= changes
@@ -140,7 +141,8 @@ def make_trajectory(run: Path, name: str = "kmeans", steps: tuple[int, ...] = (6
     for place, step in enumerate(steps, start=1):
         rows: list[Json] = [
             {"concept": k, "samples": 5, **dict.fromkeys(measures, 0.1 * place * (k + 1)),
-             "recovery_shifted": 30.0 + place, "words_shifted": ["dog", "red"][:place], "intervals": {},
+             "recovery_shifted": 30.0 + place, "words_shifted": ["dog", "red"][:place],
+             "intervals": {"recovery_shifted": [25.0, 40.0]},
              "p_adjusted": {"magnitude": 0.01}}
             for k in range(2)
         ]  # fmt: skip
@@ -148,12 +150,17 @@ def make_trajectory(run: Path, name: str = "kmeans", steps: tuple[int, ...] = (6
         means = {**dict.fromkeys(measures, 0.25 * place), "recovery_shifted": 30.0 + place}
         points.append({"variant": f"step-{step:06d}", "step": step, "means": means, "concepts": rows,
                        "intervals": {"magnitude": [0.125, 0.5]}})  # fmt: skip
+    start = {
+        "means": {"magnitude": 0.0, "cosine_shifted": 0.125, "recovery_shifted": 12.5},
+        "concepts": [{"concept": k, "samples": 5, "magnitude": 0.0, "recovery_shifted": 20.0} for k in range(2)],
+    }
     content = {
         "method": "SemiNMF", "site": "lm.block.3", "selector": "answer", "alpha": 1.0, "average": "mean",
         "matching": "nearest", "pairs": 256, "level": 0.95, "empty_concepts": [2], "matched": [4, 3, 0],
         "words_original": [["dog", "cat"]] * 3, "words_destination": [["red", "cat"]] * 3,
         "images_original": [pictures(folder, k, "original") for k in range(3)],
         "images_destination": [pictures(folder, k, "destination") for k in range(3)], "figures": {}, "points": points,
+        "start": start,
     }  # fmt: skip
     content |= changes
     write_json(folder / "trajectory.json", content)
@@ -173,22 +180,28 @@ def test_means_with_intervals_tests_correlations_and_other_seeds(tmp_path: Path)
     assert page.sections == ["concepts"]
     means = page.rows("Means of KMeans")
     assert means["Recovery of words, %"] == ["31.0", "64.5 [51.0, 70.2]", "+33.5"]
-    assert means["Distance to the matched concept"] == ["5.000", "4.200", "+0.800"]
+    assert means["Distance to the matched concept"] == ["5.0", "4.2", "+0.8"]
     assert "Recovery of pictures, %" not in means
     singles = page.rows("The shifts of KMeans")
     assert singles["Consistency: mean cosine of the samples’ shifts with Δ"] == ["0.812 [0.700, 0.900]"]
-    assert singles["Magnitude of Δ"] == ["3.250"]
+    assert singles["Magnitude of Δ"] == ["3.2"]
     assert "0 of 2 concepts shift : Δ is longer than where original and fine-tuned states are swapped" in page.text
     assert "1 of 2 concepts move consistently" in page.text
     assert "2 of 2 concepts come nearer to their match through their own samples" in page.text
     assert "p ≤ 0.05, Benjamini–Hochberg over the concepts; 1,000 draws, 100 where words are read" in page.text
     assert page.rows("Correlations of KMeans") == {
         "Measure": ["Pearson r", "Spearman ρ", "concepts"],
-        "consistency": ["0.83 [0.60, 0.95] p < 0.001", "0.50 p 0.250", "2"],
-    }
+        **{
+            name: ["0.83 [0.60, 0.95] p < 0.001", "0.50 p 0.250", "2"]
+            for name in (
+                "Consistency", "Mean cosine between the shifts of two samples", "Mean magnitude of the samples’ shifts",
+            )
+        },
+    }  # fmt: skip
+    assert "too few samples to test" not in page.text
     assert page.rows("Other seeds of KMeans") == {
         "Further seeds": ["2"],
-        "Original’s concepts and the original’s of another seed: cosine": ["0.930, 0.900"],
+        "Original’s concepts and the original’s of another seed: cosine": ["0.930, 0.900 [0.850, 0.970]"],
         "the same: words in common, %": ["81.0, 79.5"],
     }
     for fact in (
@@ -220,12 +233,38 @@ def test_concepts_by_gain_with_words_pictures_intervals_and_significance(tmp_pat
                      "original of 0"]  # fmt: skip
 
 
+def test_a_concept_with_too_few_samples_is_not_called_not_significant(tmp_path: Path) -> None:
+    folder = make_shift(tmp_path)
+    rows = json.loads((folder / "shift.json").read_text())["concepts"]
+    rows[1] |= {"samples": 5, "too_few_samples": True, "p": {}, "p_adjusted": {}}
+    change(
+        folder / "shift.json",
+        concepts=rows,
+        untested_concepts=[0, 1],
+        tests={"magnitude": {"significant": 1, "concepts": 1}},
+    )
+    page = Page(write_report(tmp_path))
+    assert re.search(r"1 of 1 concepts shift : [^.]*\. \(1 has too few samples to test\.\)", page.text)
+    _, second, empty = page.articles
+    assert second.endswith("too few samples to test")
+    assert "not significant" not in page.text
+    assert empty == "Concept 0 no sample, no shift vector original dog sea"
+
+
+def test_a_trajectory_of_an_older_file_has_no_start(tmp_path: Path) -> None:
+    make_trajectory(tmp_path, start=None)
+    page = Page(write_report(tmp_path))
+    assert list(page.rows("Means at each checkpoint")) == ["checkpoint", "step 60", "step 120"]
+    assert page.rows("Words of concept 1 over the training")["original"] == ["dog cat (shared)", "", ""]
+
+
 def test_trajectory_without_a_shift(tmp_path: Path) -> None:
     make_trajectory(tmp_path, "finetune")
     page = Page(write_report(tmp_path))
     assert page.sections == ["trajectory"]
     assert "Hidden states lm.block.3 · answer" in page.text
     assert "States compared 256" in page.text
+    assert page.rows("Means at each checkpoint")["original"] == ["0.000", "–", "–", "0.125", "12.5"]
     assert page.rows("Means at each checkpoint")["step 120"] == [
         "0.500 [0.125, 0.500]",
         "0.500",
@@ -238,9 +277,9 @@ def test_trajectory_without_a_shift(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert page.rows("Words of concept 1 over the training") == {
         "checkpoint": ["words", "recovery, %", "magnitude"],
-        "original": ["dog cat (shared)", "", ""],
-        "step 60": ["dog", "31", "0.20"],
-        "step 120": ["dog red (recovered)", "32", "0.40"],
+        "original": ["dog cat (shared)", "20", "0.00"],
+        "step 60": ["dog", "31 [25, 40]", "0.20"],
+        "step 120": ["dog red (recovered)", "32 [25, 40]", "0.40"],
         "fine-tuned": ["red (recovered) cat", "", ""],
     }
     assert [image["alt"] for image in page.all("img")][:2] == ["original of 1", "destination of 1"]
@@ -254,7 +293,7 @@ def test_of_many_checkpoints_some_are_shown_and_the_rest_counted(tmp_path: Path)
     assert words[-2:] == ["step 200", "fine-tuned"]
     assert len(words) == 3 + 8
     assert "12 checkpoints between these are left out" in page.text
-    assert len(page.tables["Means at each checkpoint"]) == 1 + 20
+    assert len(page.tables["Means at each checkpoint"]) == 2 + 20
 
 
 def test_a_monitored_run_has_both_and_shifts_lie_at_any_depth(
@@ -267,7 +306,7 @@ def test_a_monitored_run_has_both_and_shifts_lie_at_any_depth(
     assert main(["report", "--folder", str(tmp_path)]) == 0
     page = Page(Path(capsys.readouterr().out.strip()))
     assert page.sections == ["concepts", "trajectory"]
-    titles = ["finetune", "layers/semi_nmf", "Semi-NMF"]
+    titles = ["layers/semi_nmf", "Semi-NMF", "finetune"]
     assert [name.removeprefix("Means of ") for name in page.tables if name.startswith("Means of")] == titles
     assert len(page.articles) == 3 * 3 + 2
     places = {attributes["id"] for _, attributes in page.elements if "id" in attributes}
@@ -340,7 +379,7 @@ def test_null_is_nothing_rather_than_a_number(tmp_path: Path) -> None:
     nothing: Json = dict.fromkeys(("intervals", "seeds", "tests", "figures", "unpaired"))
     none = {"consistency": None, "magnitude": None}
     make_shift(tmp_path, **nothing, correlations=none, means=none)
-    make_trajectory(tmp_path, steps=())
+    make_trajectory(tmp_path, steps=(), start=None)
     page = Page(write_report(tmp_path))
     assert "No checkpoint has been measured yet" in page.text
     assert not [name for name in page.tables if name and "Words" not in name]
@@ -389,6 +428,11 @@ def test_everything_from_the_files_is_escaped(tmp_path: Path) -> None:
         ("trajectory", {"points": None}, "no 'points' in it"),
         ("trajectory", {"points": [{"step": 3}]}, r"'points\[0\]\.concepts' must be a list, got None"),
         ("trajectory", {"points": [{"step": "3", "concepts": []}]}, r"'points\[0\]\.step' must be a whole number"),
+        (
+            "trajectory",
+            {"start": {"means": {"magnitude": "0"}}},
+            r"'start\.means\.magnitude' must be a number, got '0'",
+        ),
         ("trajectory", {"words_original": ["dog"]}, r"'words_original\[0\]' must be a list, got 'dog'"),
     ],
 )

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conceptshift.callbacks.parts.figures import picture_grid
 from conceptshift.callbacks.parts.shift_figures import (
     least_squares_band,
     most_moving,
@@ -19,6 +20,7 @@ from conceptshift.callbacks.parts.shift_figures import (
     trajectory_figure,
     words_figure,
 )
+from conceptshift.callbacks.parts.shift_projection import half_axes
 from conceptshift.callbacks.parts.words_figure import word_marks
 from matplotlib.collections import FillBetweenPolyCollection
 from matplotlib.colors import to_hex
@@ -51,6 +53,10 @@ def empty(concept: int) -> Json:
     return row(concept, samples=0, words_shifted=[], intervals={}, p_adjusted={}, **changes)
 
 
+def untested(concept: int) -> Json:
+    return row(concept, samples=5, too_few_samples=True, p_adjusted={})
+
+
 def summary(rows: list[Json], correlation: Json | None = None) -> Json:
     return {"original": "original", "destination": "destination", "level": 0.95, "concepts": rows,
             "correlations": {"consistency": correlation, "magnitude": None}}  # fmt: skip
@@ -72,7 +78,15 @@ def trajectory(concepts: list[Json], steps: list[int]) -> Json:
         }
         for place, step in enumerate(steps)
     ]  # fmt: skip
-    return {"level": 0.95, "points": points}
+    start = {
+        "means": {"magnitude": 0.0, "recovery_shifted": 30.0},
+        "concepts": [
+            {"concept": one["concept"], "magnitude": one["magnitude"] and 0.0}
+            | {"recovery_shifted": one["magnitude"] and one["recovery_original"]}
+            for one in concepts
+        ],
+    }
+    return {"level": 0.95, "start": start, "points": points}
 
 
 def texts(figure: Figure) -> dict[str, Text]:
@@ -107,6 +121,12 @@ def test_words_of_a_row_are_marked_once_each_and_the_star_means_significant() ->
     found = texts(figure)
     assert {"3 ★", "4", "5", "no sample", "n = 10", "40 → 50  [30, 70]", "40 → 40  [30, 70]"} <= set(found)
     assert found["3 ★"].get_position()[1] < found["4"].get_position()[1] < found["5"].get_position()[1]
+
+
+def test_a_dagger_means_too_few_samples_to_test() -> None:
+    found = texts(words_figure(summary([row(3), untested(4)])))
+    assert {"3 ★", "4 †", "† too few samples to test"} <= set(found)
+    assert "† too few samples to test" not in texts(words_figure(summary([row(3), row(4, p=0.2)])))
 
 
 def test_words_stay_inside_their_column_and_a_dollar_is_a_dollar() -> None:
@@ -147,6 +167,16 @@ def test_a_point_a_concept_filled_if_significant_and_numbered() -> None:
         assert [to_hex(face) == "#ffffff" for face in faces] == [True, False, True, False, True]
         numbers = [text.get_text() for text in axes.texts if isinstance(text, Annotation)]
         assert sorted(numbers) == list("01234")
+
+
+def test_a_cross_is_a_concept_with_too_few_samples_and_the_consistency_of_one_sample_is_not_drawn() -> None:
+    figure = recovery_figure(summary([row(0), row(1, p=0.2), untested(2), untested(3) | {"consistency": None}]))
+    for axes, marks in zip(figure.axes, ("oox", "ooxx"), strict=True):
+        points = [line for line in axes.lines if line.get_gid()]
+        assert [line.get_marker() for line in points] == list(marks)
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ["significant shift (p ≤ 0.05)", "not significant", "too few samples to test"]
+    assert len(recovery_figure(summary([row(0), row(1)])).legends[0].get_texts()) == 2
 
 
 def test_title_says_the_correlation_or_that_there_is_none() -> None:
@@ -228,7 +258,7 @@ def test_the_axes_are_those_of_the_uncentred_svd(M: int, D: int) -> None:
     order = np.argsort(assignment.numpy(), kind="stable")
     np.testing.assert_allclose(points, delta.double().numpy()[order] @ axes.T, atol=2e-3)
     np.testing.assert_array_equal(concepts, assignment.numpy()[order])
-    np.testing.assert_allclose(arrows, vectors.double().numpy() @ axes.T, atol=2e-3)
+    np.testing.assert_allclose(arrows[:, 0], vectors.double().numpy() @ axes.T, atol=2e-3)
     np.testing.assert_allclose(explained, singular[:2] ** 2 / (singular**2).sum(), atol=1e-5)
 
 
@@ -264,6 +294,29 @@ def test_states_that_do_not_move_or_have_one_dimension() -> None:
     assert alone == (1.0, 0.0)
 
 
+def test_the_ellipse_holds_the_true_mean_as_often_as_it_says() -> None:
+    """Of as few as six samples, whose two directions vary unlike and together."""
+    rng, mix, held = np.random.default_rng(0), np.array([[3.0, 0.0], [1.0, 0.5]]), 0
+    for _ in range(2000):
+        points = rng.normal(size=(6, 2)) @ mix.T
+        # In units of the half axes the ellipse is the unit circle.
+        held += bool(np.linalg.norm(np.linalg.solve(half_axes(points, np.arange(6)).T, points.mean(axis=0))) <= 1)
+    assert held / 2000 == pytest.approx(0.95, abs=0.015)
+
+
+def test_several_rows_of_a_sample_do_not_make_the_ellipse_smaller() -> None:
+    delta, assignment, vectors = shifts(60, 20, 2)
+    samples = torch.arange(60)
+    single = project_shifts(delta, assignment, vectors)[2]
+    twice = project_shifts(
+        delta.repeat_interleave(2, 0), assignment.repeat_interleave(2), vectors, samples.repeat_interleave(2)
+    )[2]
+    np.testing.assert_allclose(np.abs(twice[:, 1:]), np.abs(single[:, 1:]), rtol=1e-3, atol=1e-4)
+    assert np.linalg.norm(single[:, 1:], axis=2).min() > 0.1
+    few = project_shifts(delta, assignment, vectors, samples % 2)[2]
+    assert not few[:, 1:].any()
+
+
 def test_an_arrow_for_each_concept_that_has_a_shift_and_dots_for_all_samples() -> None:
     delta, assignment, vectors = shifts(400, 40, 12)
     vectors[3] = 0
@@ -274,10 +327,14 @@ def test_an_arrow_for_each_concept_that_has_a_shift_and_dots_for_all_samples() -
     tips = {text.get_gid(): text.xy for text in axes.texts if isinstance(text, Annotation) and text.get_gid()}
     assert set(tips) == {f"arrow-{k}" for k in range(12) if k != 3}
     for k in set(range(12)) - {3}:
-        np.testing.assert_allclose(tips[f"arrow-{k}"], arrows[k])
+        np.testing.assert_allclose(tips[f"arrow-{k}"], arrows[k, 0])
     assert sum(len(drawn(line)) for line in axes.lines if line.get_linestyle() == "None") == 400
+    ellipses = {line.get_gid(): drawn(line) for line in axes.lines if str(line.get_gid()).startswith("ellipse")}
+    for k in set(range(12)) - {3}:
+        far = np.linalg.norm(ellipses[f"ellipse-{k}"] - arrows[k, 0], axis=1)
+        np.testing.assert_allclose([far.min(), far.max()], np.linalg.norm(arrows[k, 1:], axis=1), rtol=0.02)
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
-    longest = np.argsort(-np.hypot(*arrows.T))[:7]
+    longest = np.argsort(-np.hypot(*arrows[:, 0].T))[:7]
     assert legend == [*(f"{k}: $word_{k}" for k in longest), "4 other concepts"]
     assert f"({100 * explained[0]:.1f} % of" in axes.get_xlabel()
     assert axes.get_aspect() == 1
@@ -286,7 +343,7 @@ def test_an_arrow_for_each_concept_that_has_a_shift_and_dots_for_all_samples() -
 
 def test_samples_without_any_shift() -> None:
     zeros = np.zeros((3, 2))
-    figure = samples_figure(zeros, np.zeros(3, dtype=np.int64), zeros[:1], (0.0, 0.0), ["red"])
+    figure = samples_figure(zeros, np.zeros(3, dtype=np.int64), np.zeros((1, 3, 2)), (0.0, 0.0), ["red"])
     figure.draw_without_rendering()
     assert not figure.legends
 
@@ -302,28 +359,63 @@ def test_a_line_a_concept_and_their_mean_in_each_panel() -> None:
     ]  # fmt: skip
     for axes in figure.axes:
         assert [line.get_gid() for line in axes.lines] == [*(f"concept-{k}" for k in range(8)), "mean"]
-        assert all(list(drawn(line)[:, 0]) == [60, 120, 200] for line in axes.lines)
-    magnitude = {line.get_gid(): list(drawn(line)[:, 1]) for line in figure.axes[0].lines}
-    assert magnitude["mean"] == [1, 2, 3]
-    assert magnitude["concept-5"] == pytest.approx([2.5, 5.0, 7.5])
+        assert all(list(drawn(line)[:, 0]) == [0, 60, 120, 200] for line in axes.lines)
+    magnitude, consistency, _, recovery = (
+        {line.get_gid(): list(drawn(line)[:, 1]) for line in axes.lines} for axes in figure.axes
+    )
+    assert magnitude["mean"] == [0, 1, 2, 3]
+    assert magnitude["concept-5"] == pytest.approx([0, 2.5, 5.0, 7.5])
+    assert recovery["mean"] == [30, 50, 50, 50]
+    assert recovery["concept-5"][:2] == [40, 50]
+    assert np.isnan(consistency["mean"][0])
     assert most_moving(content["points"]) == [7, 6, 5, 4, 3]
     assert [text.get_text() for text in figure.axes[0].texts] == ["mean", "3", "4", "5", "6", "7"]
     assert figure.axes[3].get_xlabel() == "training step"
 
 
-def test_one_checkpoint_and_names_without_a_step() -> None:
-    content = trajectory([row(0), empty(1)], [1])
+@pytest.mark.parametrize(("consistency", "low"), [(0.9, 0.0), (-0.4, -0.4)])
+def test_the_axes_show_the_whole_range_of_a_measure(consistency: float, low: float) -> None:
+    content = trajectory([row(k, consistency=consistency) for k in range(2)], [5, 6])
+    content["points"][1]["concepts"][0]["consistency"] = consistency
+    figure = trajectory_figure(content)
+    limits = [axes.get_ylim() for axes in figure.axes]
+    assert limits[0][0] == 0
+    assert limits[1][0] <= low
+    assert low == 0 or limits[1][0] < low
+    for _, high in limits[1:3]:
+        assert 1 < high < 1.1
+    assert limits[3][0] == pytest.approx(0, abs=5)
+    assert limits[3][1] == pytest.approx(100, abs=5)
+
+
+def test_names_without_a_step() -> None:
+    content = trajectory([row(0), empty(1)], [1, 2])
     content["points"][0]["variant"] = "coco_colors"
     figure = trajectory_figure(content)
     figure.draw_without_rendering()
     assert figure.axes[3].get_xlabel() == "checkpoint"
-    assert figure.axes[0].containers
 
 
 def test_names_are_moved_apart_and_stay_below_the_top() -> None:
     places = spread([1.0, 1.1, 1.2, 5.0, 9.9], 1.0, 10.0)
     assert places == pytest.approx([1.0, 2.0, 3.0, 5.0, 9.9])
     assert spread([9.8, 9.9, 10.0], 1.0, 10.0) == pytest.approx([8.0, 9.0, 10.0])
+
+
+# --- pictures ---------------------------------------------------------------------------------------------
+
+
+def test_each_row_of_pictures_has_its_label() -> None:
+    figure = picture_grid(["0: $red$ sea", "1: no sample"], [["/nowhere"] * 3, []])
+    (axes,) = figure.axes
+    labels = axes.get_yticklabels()
+    assert [label.get_text() for label in labels] == ["0: $red$ sea", "1: no sample"]
+    assert not labels[0].get_parse_math()
+    image = np.asarray(axes.images[0].get_array())
+    assert image.shape == (128, 192, 3)
+    for y, gray in zip(axes.get_yticks(), (True, False), strict=True):
+        assert bool((image[int(y)] == 211).all()) is gray
+    figure.draw_without_rendering()
 
 
 # --- files ------------------------------------------------------------------------------------------------

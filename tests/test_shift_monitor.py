@@ -102,6 +102,22 @@ def test_its_last_point_is_the_offline_shift(
     assert [row["words_shifted"] for row in last["concepts"]] == [row["words_shifted"] for row in shift["concepts"]]
     assert last["means"]["aligned"] == pytest.approx(1)
     assert path["points"][0]["means"]["magnitude"] < last["means"]["magnitude"]
+    start = path["start"]
+    assert start["means"] == {
+        "magnitude": 0, "cosine_shifted": shift["means"]["cosine_original"],
+        "recovery_shifted": shift["means"]["recovery_original"],
+    }  # fmt: skip
+    for before, after, row in zip(start["concepts"], last["concepts"], shift["concepts"], strict=True):
+        assert (before["samples"], before["magnitude"]) == (row["samples"], 0)
+        assert (before["recovery_shifted"], before["cosine_shifted"]) == (
+            row["recovery_original"], row["cosine_original"],
+        )  # fmt: skip
+        assert after["consistency"] == row["consistency"]
+        for measure in after["intervals"]:
+            assert after["intervals"][measure] == row["intervals"][measure]
+        assert ("recovery_shifted" in after["intervals"]) is bool(row["intervals"])
+        assert bool(after["p_adjusted"]) is not row["too_few_samples"]
+    assert last["intervals"]["magnitude"] == shift["intervals"]["magnitude"]
 
 
 def test_the_training_does_not_notice_it(fit: Run, shapes: Path, tmp_path: Path) -> None:
@@ -141,6 +157,37 @@ def test_an_interrupted_run_gives_the_same_trajectory(
     if train == FULL:
         error = fit(*common, *monitor(tmp_path / "lost", shapes), f"--ckpt_path={resume}", steps=6).error
         assert "has no states of the original, and the resumed model is no longer it" in error
+
+
+def test_probes_of_another_run_are_not_gone_on_with(fit: Run, shapes: Path, tmp_path: Path) -> None:
+    out, checkpoint = tmp_path / "out", tmp_path / "run.ckpt"
+    saved = [
+        "--trainer.callbacks+=ModelCheckpoint", f"--trainer.callbacks.dirpath={tmp_path}",
+        "--trainer.callbacks.filename=run", "--trainer.callbacks.every_n_train_steps=2",
+    ]  # fmt: skip
+    assert fit(*LORA, *monitor(out, shapes), *saved, steps=2).status == 0
+    before = read(out / "features" / "metadata.json")
+    for changed, key in (
+        (monitor(out, shapes, samples=9), "samples"),
+        ([option.replace(SELECTOR, "answer") for option in monitor(out, shapes)], "selectors"),
+    ):
+        error = fit(*LORA, *changed, f"--ckpt_path={checkpoint}", NO_CHECKPOINT, steps=4).error
+        assert f"holds the probes of another run ({key} differs)" in error
+        assert "give ShiftMonitor another `out`, or start anew without --ckpt_path" in error
+    assert read(out / "features" / "metadata.json") == before
+    assert (out / "shift.json").exists()
+
+
+def test_results_never_stand_beside_states_of_another_run(fit: Run, shapes: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert fit(*LORA, *monitor(out, shapes, every=1), NO_CHECKPOINT, steps=2).status == 0
+    names = ("shift.json", "shift.safetensors", "trajectory.json", "figures", "destination/dictionary.safetensors")
+    results = [out / name for name in names]
+    assert all(path.exists() for path in results)
+    unknown = [option.replace(SELECTOR, "token_of_interest:unicorn") for option in monitor(out, shapes)]
+    with pytest.warns(UserWarning, match="the results of an earlier run are removed"):
+        assert "matched none" in fit(*LORA, *unknown, NO_CHECKPOINT).error
+    assert not any(path.exists() for path in results)
 
 
 def test_what_tensorboard_shows(fit: Run, shapes: Path, tmp_path: Path) -> None:

@@ -39,10 +39,11 @@ def thumbnail(path: str | Path, size: int = _THUMBNAIL) -> Image.Image:
     return picture.crop((left, top, left + side, top + side)).resize((size, size))
 
 
-def picture_grid(paths: Sequence[Sequence[str]], size: int = 64) -> Any:
-    """Pictures as one image [height, width, 3] of bytes, a row a concept: quick to draw, without words.
+def picture_grid(labels: Sequence[str], paths: Sequence[Sequence[str]], size: int = 64) -> Figure:
+    """Pictures in one image, a row a concept: quicker to draw than `concept_figure`.
 
     Args:
+        labels: What is written beside each row.
         paths: Picture paths of each concept.
         size: Width and height of a picture in pixels.
     """
@@ -51,7 +52,14 @@ def picture_grid(paths: Sequence[Sequence[str]], size: int = 64) -> Any:
     for y, row in enumerate(paths):
         for x, path in enumerate(row):
             grid.paste(thumbnail(path, size), (x * size, y * size))
-    return np.asarray(grid)
+    figure = Figure(figsize=((grid.width + 200) / 72, (grid.height + 20) / 72), dpi=72, layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(np.asarray(grid))
+    axes.spines[:].set_visible(False)
+    axes.set_xticks([])
+    axes.set_yticks([(y + 0.5) * size for y in range(len(labels))], labels, fontsize=10, parse_math=False)
+    axes.tick_params(length=0)
+    return figure
 
 
 def concept_figure(

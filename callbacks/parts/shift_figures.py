@@ -24,6 +24,7 @@ from scipy import stats
 from ...datamodules.files import write_whole
 from ...lightning_modules.backbone.destinations import step_of
 from .figure_style import BLUE, GRAY, INK, MARKERS, PALE, PALETTE, SIGNIFICANT, SOFT, STYLE
+from .shift_measure import LEVEL
 from .shift_projection import project_shifts
 from .words_figure import words_figure
 
@@ -40,6 +41,10 @@ __all__ = [
 Json = dict[str, Any]
 _Array = NDArray[np.float64]
 
+# How a point is drawn whose shift is significant, is not, or cannot be told.
+_FOUND: Json = {"marker": "o", "markerfacecolor": BLUE, "markeredgecolor": BLUE}
+_NOT_FOUND: Json = {**_FOUND, "markerfacecolor": "white"}
+_UNTESTED: Json = {"marker": "x", "markeredgecolor": SOFT}
 _NAMED = 5  # concepts that the trajectory names
 _NAMES = {
     "magnitude": "shift magnitude ‖Δ‖ (units of the states)",
@@ -67,19 +72,24 @@ def recovery_figure(summary: Json) -> Figure:
         panels = figure.subplots(1, 2, sharey=True)
         for axes, measure in zip(panels, ("consistency", "magnitude"), strict=True):
             axes.axhline(0, color=PALE, linewidth=0.8, zorder=0)
-            _line(axes, rows, measure, summary["level"])
-            for row in rows:
+            # The consistency of a single sample is none.
+            known = [row for row in rows if row[measure] is not None]
+            _line(axes, known, measure, summary["level"])
+            for row in known:
                 _point(axes, row, measure)
             # Where nothing is recovered, not the rounding of it.
             axes.set_ylim(min(-5, axes.get_ylim()[0]), max(5, axes.get_ylim()[1]))
-            at = [(row[measure], row["recovery_gain"]) for row in rows]
-            _number_points(axes, at, {row["concept"]: {"fontsize": 8, "color": INK} for row in rows}, (300, 240))
+            at = [(row[measure], row["recovery_gain"]) for row in known]
+            _number_points(axes, at, {row["concept"]: {"fontsize": 8, "color": INK} for row in known}, (300, 240))
             axes.set_xlabel(_NAMES[measure])
             axes.set_title(_correlation(summary["correlations"].get(measure), summary["level"]), loc="left")
         panels[0].set_ylabel("recovery gain of words (percentage points)")
-        for label, face in (("significant shift (p ≤ 0.05)", BLUE), ("not significant", "white")):
-            panels[1].plot([], [], "o", markersize=6, markerfacecolor=face, markeredgecolor=BLUE, label=label)
-        figure.legend(loc="outside upper right", ncols=2, frameon=False)
+        looks = {"significant shift (p ≤ 0.05)": _FOUND, "not significant": _NOT_FOUND}
+        if any(row.get("too_few_samples") for row in rows):
+            looks["too few samples to test"] = _UNTESTED
+        for label, look in looks.items():
+            panels[1].plot([], [], linestyle="none", markersize=6, label=label, **look)
+        figure.legend(loc="outside upper right", ncols=3, frameon=False)
     return figure
 
 
@@ -90,10 +100,11 @@ def _point(axes: Axes, row: Json, measure: str) -> None:
         for key, value, name in (("xerr", x, measure), ("yerr", y, "recovery_gain"))
         if (interval := row["intervals"].get(name))
     }
-    significant = row["p_adjusted"]["magnitude"] <= SIGNIFICANT
+    p = row["p_adjusted"].get("magnitude", 1)
+    look = _UNTESTED if row.get("too_few_samples") else _FOUND if p <= SIGNIFICANT else _NOT_FOUND
     axes.errorbar(
-        x, y, **bars, fmt="o", markersize=6, color=BLUE, markerfacecolor=BLUE if significant else "white",
-        ecolor="#a9c9e2", elinewidth=0.8, gid=f"concept-{row['concept']}",
+        x, y, **bars, **look, linestyle="none", markersize=6, ecolor="#a9c9e2", elinewidth=0.8,
+        gid=f"concept-{row['concept']}",
     )  # fmt: skip
 
 
@@ -182,11 +193,12 @@ def samples_figure(
     Args:
         points: δ on the two axes, [M', 2].
         concepts: Concept of each, [M'].
-        arrows: Δ on the two axes, [K, 2]; 0 for an empty concept.
+        arrows: Δ on the two axes and the half axes of its 95 % confidence ellipse, [K, 3, 2]; 0 for an empty concept.
         explained: Share of Σ ‖δ‖² on each axis, between 0 and 1.
         labels: Words of each concept, K.
     """
-    lengths = np.hypot(arrows[:, 0], arrows[:, 1])
+    tips = arrows[:, 0]
+    lengths = np.hypot(*tips.T)
     longest = [int(k) for k in np.argsort(-lengths, kind="stable") if lengths[k] > 0]
     colored = longest[: len(PALETTE)]
     with rc_context(STYLE):
@@ -201,18 +213,19 @@ def samples_figure(
             # Only for the legend: as visible there as the arrow is.
             axes.plot([], [], marker, markersize=6, color=color, label=f"{k}: {labels[k]}")
         for k in reversed(longest):
-            _arrow(axes, k, (arrows[k, 0], arrows[k, 1]), PALETTE[colored.index(k)] if k in colored else GRAY)
+            _arrow(axes, k, arrows[k], PALETTE[colored.index(k)] if k in colored else GRAY)
         if len(longest) > len(colored):
             axes.plot([], [], "o", color=PALE, label=f"{len(longest) - len(colored)} other concepts")
         # One measure on both axes, so that lengths and angles are what they seem.
         axes.set_aspect("equal", adjustable="datalim")
         axes.apply_aspect()
         looks = {k: {"color": color, "weight": "bold"} for k, color in zip(colored, PALETTE, strict=False)}
-        _number_points(axes, [(arrows[k, 0], arrows[k, 1]) for k in colored], looks, (430, 350))
+        _number_points(axes, [(tips[k, 0], tips[k, 1]) for k in colored], looks, (430, 350))
         names = [f"axis, units of the states ({100 * share:.1f} % of Σ ‖δ‖²)" for share in explained]
         axes.set_xlabel(f"1st {names[0]}")
         axes.set_ylabel(f"2nd {names[1]}")
-        axes.set_title("Shift δ of each sample, and shift Δ of each concept", loc="left")
+        title = f"Shift δ of each sample, and shift Δ of each concept with its {100 * LEVEL:.0f} % confidence ellipse"
+        axes.set_title(title, loc="left")
         if longest:
             legend = figure.legend(loc="outside right upper", frameon=False, fontsize=8, title="concept")
             for text in legend.get_texts():
@@ -220,10 +233,17 @@ def samples_figure(
     return figure
 
 
-def _arrow(axes: Axes, concept: int, tip: tuple[float, float], color: str) -> None:
+def _arrow(axes: Axes, concept: int, arrow: _Array, color: str) -> None:
+    tip, *halves = arrow
+    if np.any(halves):
+        angle = np.linspace(0, 2 * np.pi, 60)[:, None]
+        ellipse = tip + np.cos(angle) * halves[0] + np.sin(angle) * halves[1]
+        axes.plot(*ellipse.T, color=color, linewidth=1, zorder=3, gid=f"ellipse-{concept}")
     strong = color != GRAY
     look = {"arrowstyle": "-|>", "color": color, "linewidth": 1.8 if strong else 0.8, "shrinkA": 0, "shrinkB": 0}
-    axes.annotate("", tip, xytext=(0, 0), arrowprops=look, zorder=4 if strong else 3, gid=f"arrow-{concept}")
+    axes.annotate(
+        "", (tip[0], tip[1]), xytext=(0, 0), arrowprops=look, zorder=4 if strong else 3, gid=f"arrow-{concept}"
+    )
 
 
 # --- over training ----------------------------------------------------------------------------------------
@@ -244,9 +264,9 @@ def trajectory_figure(trajectory: Json) -> Figure:
     """How concepts shift during a training: a thin line a concept, a thick one with its interval for their mean.
 
     Args:
-        trajectory: What `trajectory.json` holds, one checkpoint at least. The concepts that move most are named.
+        trajectory: What `trajectory.json` holds, two checkpoints at least. The concepts that move most are named.
     """
-    points = trajectory["points"]
+    points = [{"step": 0, "intervals": {}, **trajectory["start"]}, *trajectory["points"]]
     named = dict(zip(most_moving(points), PALETTE, strict=False))
     with rc_context(STYLE):
         figure = Figure(figsize=(11, 6.4), layout="constrained")
@@ -254,9 +274,8 @@ def trajectory_figure(trajectory: Json) -> Figure:
         for axes, (measure, name) in zip(panels, _NAMES.items(), strict=True):
             _lines(axes, points, measure, named)
             axes.set_ylabel(name)
-            axes.set_xlim(left=0)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        known = all(step_of(point["variant"]) is not None for point in points)
+        known = all(step_of(point["variant"]) is not None for point in trajectory["points"])
         for axes in figure.axes[2:]:
             axes.set_xlabel("training step" if known else "checkpoint")
         drawn = sum(row["magnitude"] is not None for row in points[-1]["concepts"])
@@ -274,7 +293,7 @@ def _lines(axes: Axes, points: Sequence[Json], measure: str, named: Mapping[int,
     for place, point in enumerate(points):
         for row in point["concepts"]:
             values = lines.setdefault(row["concept"], [math.nan] * len(points))
-            values[place] = _number(row[measure])
+            values[place] = _number(row.get(measure))
     draw = partial(axes.plot, steps, marker="o", markersize=3)
     for concept, values in lines.items():
         if not all(map(math.isnan, values)):
@@ -285,8 +304,7 @@ def _lines(axes: Axes, points: Sequence[Json], measure: str, named: Mapping[int,
     bounds = np.array([point["intervals"].get(measure) or (math.nan, math.nan) for point in points], dtype=float)
     draw(mean, color=INK, linewidth=2.6, markersize=5, zorder=4, gid="mean")
     axes.fill_between(steps, *bounds.T, color=INK, alpha=0.15, linewidth=0, zorder=3)
-    if len(points) == 1:
-        axes.errorbar(steps, mean, yerr=np.abs(bounds.T - mean), color=INK, capsize=3)
+    _limit(axes, measure)
     if measure == "aligned":
         # Every line ends at 1.
         return
@@ -294,11 +312,22 @@ def _lines(axes: Axes, points: Sequence[Json], measure: str, named: Mapping[int,
     _name_ends(axes, steps[-1], {**ends, "mean": (mean[-1], INK)})
 
 
+def _limit(axes: Axes, measure: str) -> None:
+    """Show the whole range of a measure, so that noise does not look like a move."""
+    if measure == "recovery_shifted":
+        # Some room for the marks.
+        axes.set_ylim(-3, 103)
+    elif measure == "magnitude":
+        axes.set_ylim(bottom=0)
+    else:
+        axes.set_ylim(min(0.0, axes.get_ylim()[0]), 1.03)
+
+
 def _name_ends(axes: Axes, step: float, ends: Mapping[str, tuple[float, str]]) -> None:
     """Names beside the ends of their lines, moved apart where they would overlap."""
     known = sorted((value, name, color) for name, (value, color) in ends.items() if not math.isnan(value))
     low, high = axes.get_ylim()
-    places = spread([value for value, _, _ in known], 0.075 * (high - low), high)
+    places = spread([value for value, _, _ in known], 0.06 * (high - low), high)
     for (_, name, color), place in zip(known, places, strict=True):
         axes.annotate(
             name, (step, place), xytext=(8, 0), textcoords="offset points", va="center", color=color, fontsize=8,

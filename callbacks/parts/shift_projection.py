@@ -8,7 +8,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy import stats
 from torch import Tensor
+
+from .shift_measure import LEVEL
 
 _Array = NDArray[np.float64]
 # Of orthogonal iteration: two axes and some besides them, and how often.
@@ -16,7 +19,12 @@ _BLOCK, _ITERATIONS = 16, 16
 
 
 def project_shifts(
-    delta: Tensor, assignment: Tensor, vectors: Tensor, limit: int = 2000, seed: int = 0
+    delta: Tensor,
+    assignment: Tensor,
+    vectors: Tensor,
+    samples: Tensor | None = None,
+    limit: int = 2000,
+    seed: int = 0,
 ) -> tuple[_Array, NDArray[np.int64], _Array, tuple[float, float]]:
     """Project shifts on the two axes that hold most of them.
 
@@ -28,11 +36,14 @@ def project_shifts(
         delta: δ, [M, D], M ≥ 1.
         assignment: Concept of each sample, [M], int64.
         vectors: Δ, [K, D].
+        samples: Number of the sample that each row is of, [M]; by default each row is one. Several rows of one sample
+            count as one in the ellipses.
         limit: Most samples to return: evenly, as many of each concept as it has in all.
         seed: Seed of the iteration's start.
 
     Returns:
-        Points of samples, [M', 2]; concept of each, [M']; arrows of concepts, [K, 2]; share of Σ ‖δ‖² on each axis.
+        Points of samples, [M', 2]; concept of each, [M']; of each concept, [K, 3, 2], Δ and the two half axes of its
+        95 % confidence ellipse; share of Σ ‖δ‖² on each axis.
     """
     delta = delta.detach().float()
     axes = _leading_axes(delta, seed)
@@ -43,8 +54,33 @@ def project_shifts(
     order = assignment.argsort(stable=True)
     count = min(limit, len(order))
     chosen = order[torch.arange(count) * len(order) // max(1, count)]
-    arrows = (vectors.detach().to(delta) @ axes).cpu().double()
-    return points[chosen].numpy(), assignment[chosen].numpy(), arrows.numpy(), (first, second)
+    tips = (vectors.detach().to(delta) @ axes).cpu().double().numpy()
+    numbers = np.arange(len(points)) if samples is None else samples.cpu().numpy()
+    members = (assignment.numpy() == k for k in range(len(tips)))
+    halves = [half_axes(points.numpy()[of], numbers[of]) for of in members]
+    arrows = np.concatenate([tips[:, None], np.stack(halves)], axis=1)
+    return points[chosen].numpy(), assignment[chosen].numpy(), arrows, (first, second)
+
+
+def half_axes(points: _Array, samples: NDArray[np.int64]) -> _Array:
+    """Half axes of the ellipse around a mean in which the true mean lies, 95 times in 100 (Hotelling's T²).
+
+    Args:
+        points: δ of one concept on two axes, [m, 2].
+        samples: Number of the sample that each is of, [m]; the points of one are averaged first.
+
+    Returns:
+        The longer one last, [2, 2]; 0 of fewer than three samples, which have no spread in two directions.
+    """
+    _, own = np.unique(samples, return_inverse=True)
+    n = len(np.bincount(own))
+    if n < 3:
+        return np.zeros((2, 2))
+    means = np.stack([np.bincount(own, of) for of in points.T], axis=1) / np.bincount(own)[:, None]
+    variances, directions = np.linalg.eigh(np.cov(means.T) / n)
+    radius = 2 * (n - 1) / (n - 2) * stats.f.ppf(LEVEL, 2, n - 2)
+    halves: _Array = np.sqrt(radius * variances.clip(0))[:, None] * directions.T
+    return halves
 
 
 def _leading_axes(delta: Tensor, seed: int) -> Tensor:

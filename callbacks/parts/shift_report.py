@@ -124,7 +124,9 @@ def show_point(writer: Any, name: str, seen: Mapping[str, Any]) -> None:
 def _samples(moved: Moved) -> Any:
     """Figure of the shifts of single samples."""
     delta = moved.pairs.destination - moved.pairs.original
-    points, concepts, arrows, explained = project_shifts(delta, moved.assignment, moved.shift.vectors)
+    points, concepts, arrows, explained = project_shifts(
+        delta, moved.assignment, moved.shift.vectors, moved.pairs.samples
+    )
     return samples_figure(points, concepts, arrows, explained, [" ".join(of[:3]) for of in moved.words.original])
 
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from ...concepts import ShiftSignificance
+from ...concepts.intervals import mean_intervals
 from ...datamodules.stored_features import FeatureStore
 from ...lightning_modules.backbone.destinations import ORIGINAL, step_of
-from ...metrics import bootstrap_interval
 from .shift_measure import LEVEL, Moved, ShiftMeasure
 
-_INTERVALS = ("magnitude", "consistency", "cosine_shifted")
+_INTERVALS = ("magnitude", "consistency", "cosine_shifted", "recovery_shifted")
 
 
 def checkpoints_of(store: FeatureStore) -> list[str]:
@@ -55,16 +57,26 @@ def trajectory(measure: ShiftMeasure, checkpoints: Mapping[str, Moved]) -> dict[
         "matched": matched,
         "images_original": last.pictures.original,
         "images_destination": [last.pictures.destination[m] for m in matched],
+        "start": _start(last),
         "points": [
-            point(name, place, moved, last, measure.tested(moved, words=False))
-            for place, (name, moved) in enumerate(checkpoints.items(), start=1)
+            point(name, place, moved, last, measure) for place, (name, moved) in enumerate(checkpoints.items(), start=1)
         ],
     }
 
 
-def point(
-    variant: str, place: int, moved: Moved, last: Moved, significance: ShiftSignificance | None = None
-) -> dict[str, Any]:
+def _start(last: Moved) -> dict[str, Any]:
+    """What is known before the first step: nothing has moved, so that it has no direction and no consistency."""
+    values = {
+        "magnitude": torch.zeros_like(last.shift.magnitude),
+        "cosine_shifted": last.found.cosine_original,
+        "recovery_shifted": last.found.recovery_original,
+    }
+    values = _defined(last, values)
+    rows = [{"concept": k, "samples": count, **_row(values, k)} for k, count in enumerate(last.shift.counts.tolist())]
+    return {"means": {name: float(of.mean()) for name, of in _kept(values).items()}, "concepts": rows}
+
+
+def point(variant: str, place: int, moved: Moved, last: Moved, measure: ShiftMeasure | None = None) -> dict[str, Any]:
     """What is reported of one checkpoint.
 
     Args:
@@ -72,42 +84,72 @@ def point(
         place: Its place in the series, the step where the name says none.
         moved: The original's concepts shifted to it.
         last: The same for the last one; `aligned` is the cosine of both shifts.
-        significance: Intervals and tests; without them it is a quick look.
+        measure: Gives intervals and tests; without it, it is a quick look.
     """
     step = step_of(variant)
     values = {
         "magnitude": moved.shift.magnitude,
-        "consistency": moved.shift.consistency,
+        # One sample always agrees with itself.
+        "consistency": moved.shift.consistency.masked_fill(moved.shift.counts == 1, math.nan),
         "aligned": cosine_similarity(moved.shift.vectors, last.shift.vectors),
         "cosine_shifted": moved.found.cosine_shifted,
         "recovery_shifted": moved.found.recovery_shifted,
     }
-    kept = ~moved.shift.empty
-    of_kept = {name: value[kept].tolist() for name, value in values.items()}
+    values = _defined(moved, values)
+    of_kept = _kept(values)
+    significance = None if measure is None else _tested(measure, moved)
     return {
         "variant": variant,
         "step": place if step is None else step,
         "pairs": len(moved.assignment),
-        "means": {name: sum(of) / len(of) for name, of in of_kept.items()},
-        "intervals": {}
-        if significance is None
-        else {name: list(bootstrap_interval(of)) for name, of in of_kept.items()},
-        "concepts": [_row(moved, k, values, significance) for k in range(len(kept))],
+        "means": {name: float(of.mean()) for name, of in of_kept.items()},
+        "intervals": {} if measure is None else {name: _interval(of, measure) for name, of in of_kept.items()},
+        "concepts": [_concept(moved, k, values, significance) for k in range(len(moved.shift.counts))],
     }
 
 
-def _row(moved: Moved, k: int, values: Mapping[str, Tensor], significance: ShiftSignificance | None) -> dict[str, Any]:
-    empty = bool(moved.shift.empty[k])
+def _tested(measure: ShiftMeasure, moved: Moved) -> ShiftSignificance:
+    found = measure.tested(moved, words=False)
+    found.intervals["recovery_shifted"] = measure.recovered_interval(moved)
+    return found
+
+
+def _interval(values: Tensor, measure: ShiftMeasure) -> list[float]:
+    options = measure.options
+    interval: list[float] = mean_intervals(values[:, None], LEVEL, options.resamples, options.seed)[0].tolist()
+    return interval
+
+
+def _defined(moved: Moved, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """NaN for empty concepts, whose measures are none."""
+    return {name: value.cpu().double().masked_fill(moved.shift.empty.cpu(), math.nan) for name, value in values.items()}
+
+
+def _kept(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of each measure its values, if any concept has one."""
+    of_kept = {name: value[~value.isnan()] for name, value in values.items()}
+    return {name: of for name, of in of_kept.items() if len(of)}
+
+
+def _row(values: Mapping[str, Tensor], k: int) -> dict[str, float | None]:
+    return {name: None if value[k].isnan() else float(value[k]) for name, value in values.items()}
+
+
+def _concept(
+    moved: Moved, k: int, values: Mapping[str, Tensor], significance: ShiftSignificance | None
+) -> dict[str, Any]:
+    count = int(moved.shift.counts[k])
     row = {
         "concept": k,
-        "samples": int(moved.shift.counts[k]),
-        "words_shifted": [] if empty else moved.words.shifted[k],
-        **{name: None if empty else float(value[k]) for name, value in values.items()},
+        "samples": count,
+        "words_shifted": moved.words.shifted[k] if count else [],
+        **_row(values, k),
     }
     if significance is None:
         return row
+    tested = not significance.untested[k]
     return {
         **row,
-        "intervals": {} if empty else {name: significance.intervals[name][k].tolist() for name in _INTERVALS},
-        "p_adjusted": {} if empty else {"magnitude": float(significance.adjusted()["magnitude"][k])},
+        "intervals": {name: significance.intervals[name][k].tolist() for name in _INTERVALS} if count > 1 else {},
+        "p_adjusted": {"magnitude": float(significance.adjusted()["magnitude"][k])} if tested else {},
     }

@@ -102,7 +102,9 @@ def _words_head(axes: Axes, summary: Json) -> None:
     _write(axes, 8, 8, "Words of each concept", fontsize=11, weight="bold", color=INK)
     _write(axes, 282, 10, "bold: shared with the matched concept", **_LOOKS["shared"])
     _write(axes, 502, 10, "boxed: recovered by the shift", **_LOOKS["new"])
-    _write(axes, 728, 10, "★ significant shift (p ≤ 0.05)", fontsize=8, color=INK)
+    _write(axes, 728, 6, "★ significant shift (p ≤ 0.05)", fontsize=8, color=INK)
+    if any(row["samples"] and row.get("too_few_samples") for row in summary["concepts"]):
+        _write(axes, 728, 18, "† too few samples to test", fontsize=8, color=INK)
     names = {"original": summary["original"], "shifted": "shifted", "destination": summary["destination"]}
     for name, text in {**names, "recovery": f"recovery, % [{100 * summary['level']:.0f} %]"}.items():
         _write(axes, _COLUMNS[name][0], 36, text, color=INK, weight="bold")
@@ -110,8 +112,9 @@ def _words_head(axes: Axes, summary: Json) -> None:
 
 def _words_row(axes: Axes, row: Json, cell: dict[str, list[tuple[float, int, str, str]]], y: float) -> None:
     empty = not row["samples"]
-    star = " ★" if not empty and row["p_adjusted"]["magnitude"] <= SIGNIFICANT else ""
-    _write(axes, 8, y, f"{row['concept']}{star}", weight="bold", color=GRAY if empty else INK, fontsize=10)
+    significant = row["p_adjusted"].get("magnitude", 1) <= SIGNIFICANT
+    mark = " ★" if significant else " †" if row.get("too_few_samples") and not empty else ""
+    _write(axes, 8, y, f"{row['concept']}{mark}", weight="bold", color=GRAY if empty else INK, fontsize=10)
     _write(axes, 8, y + _LINE, "no sample" if empty else f"n = {row['samples']}", fontsize=7.5, color=SOFT)
     for name, flow in cell.items():
         if empty and name == "shifted":
