@@ -21,8 +21,8 @@ _MINIMUM_LETTERS = 3
 _TOKEN_CHUNK = 16_384
 _ROW_CHUNK = 256
 
-# Words of several tokens by the first of these: the word, and the ids of its sub-tokens in one way to write it.
-_Spans = dict[int, list[tuple[str, tuple[int, ...]]]]
+# Words of several tokens by the first and second of these: the word, and its sub-tokens in one way to write it.
+_Spans = dict[int, dict[int, list[tuple[str, tuple[int, ...]]]]]
 
 
 @cache
@@ -92,11 +92,9 @@ def ground_words(
             f"got {len(vocabulary)}: decode every id below {len(unembedding)}"
         )
     admissible = _admissible(lexicon, stop_words)
+    single = {token: word for token, text in enumerate(vocabulary) if (word := text.strip().lower()) in admissible}
     several = _admissible_spans(spans, admissible, len(vocabulary))
-    return [
-        _ranked_words(logits, vocabulary, admissible, several, words)
-        for logits in _top_tokens(U, unembedding, norm, candidates)
-    ]
+    return [_ranked_words(logits, single, several, words) for logits in _top_tokens(U, unembedding, norm, candidates)]
 
 
 def _admissible(lexicon: Collection[str] | None, stop_words: Collection[str] | None) -> set[str]:
@@ -112,36 +110,34 @@ def _admissible(lexicon: Collection[str] | None, stop_words: Collection[str] | N
 
 
 def _admissible_spans(spans: Mapping[str, Sequence[Sequence[int]]] | None, admissible: set[str], tokens: int) -> _Spans:
-    """Spans of admissible words by their first token: a concept has few candidates, a vocabulary tens of thousands."""
+    """Spans of admissible words by their first tokens: a concept has few candidates, a vocabulary tens of thousands."""
     kept = [(word, tuple(span)) for word, ways in (spans or {}).items() if word in admissible for span in ways]
     for word, span in kept:
         if not span or min(span) < 0 or max(span) >= tokens:
             raise ValueError(f"`spans` must name tokens below {tokens}, got {span} for '{word}': use one tokenizer")
     by_first: _Spans = {}
     for word, span in kept:
-        by_first.setdefault(span[0], []).append((word, span))
+        by_first.setdefault(span[0], {}).setdefault(span[min(1, len(span) - 1)], []).append((word, span))
     return by_first
 
 
-def _ranked_words(
-    logits: Mapping[int, float], vocabulary: Sequence[str], admissible: set[str], several: _Spans, words: int
-) -> list[str]:
+def _ranked_words(logits: Mapping[int, float], single: Mapping[int, str], several: _Spans, words: int) -> list[str]:
     """The admissible words of one concept with the largest logits, from those of its candidates (id → logit)."""
     found: list[tuple[float, str, tuple[int, ...]]] = [
-        (logit, word, (token,))
-        for token, logit in logits.items()
-        if (word := vocabulary[token].strip().lower()) in admissible
+        (logit, single[token], (token,)) for token, logit in logits.items() if token in single
     ]
     candidates = set(logits)
     found += [
         (sum(logits[token] for token in span) / len(span), word, span)
         for first in logits
-        for word, span in several.get(first, ())
+        if (spans := several.get(first))
+        for second in spans.keys() & candidates
+        for word, span in spans[second]
         if candidates.issuperset(span)
     ]
     listed: dict[str, tuple[int, ...]] = {}
     consumed: set[int] = set()
-    for _, word, span in sorted(found, key=lambda entry: -entry[0]):
+    for _, word, span in sorted(found, key=lambda entry: (-entry[0], len(entry[2]), entry[2])):
         if len(listed) == words:
             break
         if word in listed or (len(span) == 1 and span[0] in consumed):
