@@ -119,7 +119,7 @@ class ShiftMonitor(Callback):
         if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
             raise ValueError(
                 f"ShiftMonitor runs the model outside of its training step, which {type(trainer.strategy).__name__} "
-                "does not allow; use --trainer.strategy ddp, or write a series with ModelExport and measure that"
+                "does not allow; use --trainer.strategy ddp, or leave ShiftMonitor out"
             )
         self.grounding.check()
         self.options.check()
