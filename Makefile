@@ -12,7 +12,7 @@ demo: $(VENV)/.installed
 
 # Two processes with a core each are faster than one with two: most of the models are tiny.
 test: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.installed-test $(LINK)
 	$(BIN)/ruff check .
