@@ -120,7 +120,7 @@ def test_a_dictionary_of_the_destination(cli: Run, fitted: Run, adapter: Path, t
     torch.testing.assert_close(torch.tensor(numbers["activations"]), expected, atol=1e-3, rtol=1e-3)
     assert numbers["answer"] == answer
     moved = adapter.rename(tmp_path / "moved")
-    assert "does not fit" in cli("explain", *options).error
+    assert "is no folder here" in cli("explain", *options).error
     assert cli("explain", *options, "--destination", moved).status == 0
 
 

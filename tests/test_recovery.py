@@ -79,8 +79,11 @@ def test_pictures_recover_as_words_do() -> None:
     torch.testing.assert_close(result.image_recovery_shifted, torch.tensor([75.0, 100.0, 0.0]))
     assert result.means()["image_recovery_original"] == 25
     assert result.means()["image_recovery_shifted"] == 87.5
+    assert result.means()["image_recovery_gain"] == 62.5
     assert without.image_recovery_original is None
-    assert without.means().keys() == result.means().keys() - {"image_recovery_original", "image_recovery_shifted"}
+    assert without.image_recovery_gain is None
+    of_images = {"image_recovery_original", "image_recovery_shifted", "image_recovery_gain"}
+    assert without.means().keys() == result.means().keys() - of_images
 
 
 def test_several_concepts_may_have_the_same_nearest_counterpart() -> None:

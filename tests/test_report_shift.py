@@ -185,7 +185,10 @@ def test_means_with_intervals_tests_correlations_and_other_seeds(tmp_path: Path)
     singles = page.rows("The shifts of KMeans")
     assert singles["Consistency: mean cosine of the samples’ shifts with Δ"] == ["0.812 [0.700, 0.900]"]
     assert singles["Magnitude of Δ"] == ["3.2"]
-    assert "0 of 2 concepts shift : Δ is longer than where original and fine-tuned states are swapped" in page.text
+    assert (
+        "0 of 2 concepts shift : its pairs differ by more than where original and fine-tuned states are swapped"
+        in page.text
+    )
     assert "1 of 2 concepts move consistently" in page.text
     assert "2 of 2 concepts come nearer to their match through their own samples" in page.text
     assert "p ≤ 0.05, Benjamini–Hochberg over the concepts; 1,000 draws, 100 where words are read" in page.text
