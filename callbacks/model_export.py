@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 
 from ..datamodules.files import replacing
-from ..lightning_modules.backbone.destinations import step_of
+from ..lightning_modules.backbone.destinations import step_name, step_of
 from ..lightning_modules.base import BackboneModule
 from .parts.processes import SHARDING
 
@@ -82,7 +82,7 @@ class ModelExport(Callback):
         step = trainer.global_step
         # With accumulated gradients several batches end at one step, the first of them at step 0.
         if self.every_n_steps is not None and step % self.every_n_steps == 0 and step not in (0, self._written):
-            self._write(trainer, pl_module, self.folder / _name(step))
+            self._write(trainer, pl_module, self.folder / step_name(step))
             self._written = step
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -90,7 +90,7 @@ class ModelExport(Callback):
         if self.every_n_steps is None:
             self._write(trainer, pl_module, self.folder)
         elif trainer.global_step != self._written and trainer.global_step > 0:
-            self._write(trainer, pl_module, self.folder / _name(trainer.global_step))
+            self._write(trainer, pl_module, self.folder / step_name(trainer.global_step))
 
     def _series(self) -> list[Path]:
         return [path for path in sorted(self.folder.glob("step-*")) if step_of(path.name) is not None]
@@ -114,7 +114,3 @@ def _foreign(folder: Path) -> str | None:
     if names and not set(names) & set(_HEADS):
         return names[0]
     return next((name for name in names if not any(fnmatch(name, pattern) for pattern in _EXPORTED)), None)
-
-
-def _name(step: int) -> str:
-    return f"step-{step:06d}"

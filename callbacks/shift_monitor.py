@@ -17,7 +17,7 @@ from ..concepts import ConceptDictionary, load_dictionary
 from ..datamodules.base import PictureDataModule
 from ..datamodules.stored_features import FeatureShardWriter, FeatureStore, Row, begin_store, extend_store, merge_store
 from ..lightning_modules import FineTuning
-from ..lightning_modules.backbone.destinations import ORIGINAL, step_of
+from ..lightning_modules.backbone.destinations import ORIGINAL, step_name, step_of
 from ..lightning_modules.backbone.readout import Readout
 from .parts.concept_states import ConceptStates
 from .parts.figures import picture_grid, tensorboard
@@ -229,7 +229,7 @@ class ShiftMonitor(Callback):
     def _probe_now(self, trainer: L.Trainer, pl_module: L.LightningModule, step: int) -> None:
         assert isinstance(pl_module, FineTuning)
         begun = time.perf_counter()
-        name = f"step-{step:06d}"
+        name = step_name(step)
         probed = self._read(trainer, pl_module, name)
         self._last = step
         if trainer.is_global_zero:

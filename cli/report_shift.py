@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..callbacks.parts.figure_style import SIGNIFICANT
 from ..callbacks.parts.words_figure import word_marks
 from .report_files import ANY, COUNT, NUMBER, NUMBERS, PAIR, TEXT, Shape
 from .report_values import Json, Picture, Pictures, as_number, chance, difference, fixed, get, interval
 
 _CONCEPTS = 50  # more would make a page of many megabytes that nobody reads to its end
-_SIGNIFICANT = 0.05
 
 # What changes from original to shifted: name, digits, keys in `means` of both and of the gain.
 _CHANGES = (
@@ -303,7 +303,7 @@ def _concept(row: Json, empty: bool, untested: bool, pictures: Pictures) -> Conc
             name: Value(fixed(row.get(name), 2), interval(bounds.get(name), 2)) for name in ("consistency", "magnitude")
         },
         untested=untested,
-        significant=adjusted is not None and adjusted <= _SIGNIFICANT,
+        significant=adjusted is not None and adjusted <= SIGNIFICANT,
         p_adjusted=chance(adjusted),
         tests=[
             (_TESTS.get(name, (name.replace("_", " "), ""))[0], chance(p), chance(get(row, "p_adjusted", name)))

@@ -269,6 +269,12 @@ class ShiftMeasure:
         }
 
 
+def mean_interval(values: Tensor, options: ShiftOptions) -> list[float]:
+    """Bootstrap interval of a mean over concepts [K]: lower and upper end."""
+    low, high = mean_intervals(values[:, None], LEVEL, options.resamples, options.seed)[0].tolist()
+    return [low, high]
+
+
 def learned_again(dictionary: ConceptDictionary, states: ConceptStates, seed: int | None = None) -> ConceptDictionary:
     """Fit a dictionary's method to states, without those that it holds out.
 

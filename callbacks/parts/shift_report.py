@@ -12,9 +12,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from ...concepts import ConceptDictionary, ConceptShift, ShiftSignificance, correlation
-from ...concepts.intervals import mean_intervals
 from ...datamodules.files import write_json
 from ...datamodules.stored_features import FeatureStore
+from .figure_style import SIGNIFICANT
 from .shift_figures import (
     project_shifts,
     recovery_figure,
@@ -23,7 +23,7 @@ from .shift_figures import (
     trajectory_figure,
     words_figure,
 )
-from .shift_measure import LEVEL, Moved, ShiftMeasure, ShiftOptions
+from .shift_measure import LEVEL, Moved, ShiftMeasure, ShiftOptions, mean_interval
 from .trajectory import point, trajectory
 
 _PER_CONCEPT = (
@@ -65,11 +65,12 @@ def write_shift(
         "selector": measure.selector,
         "grounding": asdict(measure.grounding),
     }
+    significance = measure.tested(moved)
     summary = {
         **about,
         "original": measure.original.metadata["variant"],
         "destination": name,
-        **summarise(moved, measure.tested(moved), measure.options),
+        **summarise(moved, significance, measure.options),
         **measure.other_seeds(destination, moved),
     }
     # What an earlier run left, and this one may not write.
@@ -84,7 +85,7 @@ def write_shift(
     write_json(out / "shift.json", summary)
     points = [point(name, 0, moved, moved)]
     if len(checkpoints) > 1:
-        path = {**about, **trajectory(measure, checkpoints)}
+        path = {**about, **trajectory(measure, checkpoints, significance)}
         points = path["points"]
         figures["trajectory"] = trajectory_figure(path)
         path["figures"] = save_figures({"trajectory": figures["trajectory"]}, out)
@@ -158,11 +159,11 @@ def summarise(moved: Moved, significance: ShiftSignificance, options: ShiftOptio
         "means": {**found.means(), **{name: float(values.double().mean()) for name, values in of_shift.items()}},
         "intervals": {
             **found.intervals(LEVEL, options.resamples, options.seed),
-            **{name: _interval(values, options) for name, values in of_shift.items()},
+            **{name: mean_interval(values, options) for name, values in of_shift.items()},
         },
         "correlations": {name: _correlated(moved, name, options) for name in _OF_SHIFT},
         "tests": {
-            test: {"significant": int((p[tested] <= 1 - LEVEL).sum()), "concepts": int(tested.sum())}
+            test: {"significant": int((p[tested] <= SIGNIFICANT).sum()), "concepts": int(tested.sum())}
             for test, p in adjusted.items()
         },
         "concepts": [_row(moved, k, significance, adjusted) for k in range(len(tested))],
@@ -172,10 +173,6 @@ def summarise(moved: Moved, significance: ShiftSignificance, options: ShiftOptio
 def _defined(shift: ConceptShift, measure: str) -> Tensor:
     """Concepts that have a measure, [K], bool: one sample alone is no more consistent than another."""
     return shift.counts > (1 if measure in _OF_SEVERAL else 0)
-
-
-def _interval(values: Tensor, options: ShiftOptions) -> list[float]:
-    return mean_intervals(values[:, None], LEVEL, options.resamples, options.seed)[0].tolist()
 
 
 def _correlated(moved: Moved, measure: str, options: ShiftOptions) -> dict[str, Any] | None:

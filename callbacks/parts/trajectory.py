@@ -11,10 +11,9 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from ...concepts import ShiftSignificance
-from ...concepts.intervals import mean_intervals
 from ...datamodules.stored_features import FeatureStore
 from ...lightning_modules.backbone.destinations import ORIGINAL, step_of
-from .shift_measure import LEVEL, Moved, ShiftMeasure
+from .shift_measure import LEVEL, Moved, ShiftMeasure, mean_interval
 
 _INTERVALS = ("magnitude", "consistency", "cosine_shifted", "recovery_shifted")
 
@@ -36,12 +35,13 @@ def checkpoints_of(store: FeatureStore) -> list[str]:
     return names
 
 
-def trajectory(measure: ShiftMeasure, checkpoints: Mapping[str, Moved]) -> dict[str, Any]:
+def trajectory(measure: ShiftMeasure, checkpoints: Mapping[str, Moved], of_last: ShiftSignificance) -> dict[str, Any]:
     """What is reported of a series.
 
     Args:
         measure: How shifts are measured.
         checkpoints: Name → the original's concepts shifted to this checkpoint and compared with the last one's.
+        of_last: Intervals and tests of the last one, those of words among them.
     """
     last = list(checkpoints.values())[-1]
     matched = last.found.matching.tolist()
@@ -59,7 +59,8 @@ def trajectory(measure: ShiftMeasure, checkpoints: Mapping[str, Moved]) -> dict[
         "images_destination": [last.pictures.destination[m] for m in matched],
         "start": _start(last),
         "points": [
-            point(name, place, moved, last, measure) for place, (name, moved) in enumerate(checkpoints.items(), start=1)
+            point(name, place, moved, last, measure, of_last if moved is last else None)
+            for place, (name, moved) in enumerate(checkpoints.items(), start=1)
         ],
     }
 
@@ -76,7 +77,14 @@ def _start(last: Moved) -> dict[str, Any]:
     return {"means": {name: float(of.mean()) for name, of in _kept(values).items()}, "concepts": rows}
 
 
-def point(variant: str, place: int, moved: Moved, last: Moved, measure: ShiftMeasure | None = None) -> dict[str, Any]:
+def point(
+    variant: str,
+    place: int,
+    moved: Moved,
+    last: Moved,
+    measure: ShiftMeasure | None = None,
+    significance: ShiftSignificance | None = None,
+) -> dict[str, Any]:
     """What is reported of one checkpoint.
 
     Args:
@@ -85,6 +93,7 @@ def point(variant: str, place: int, moved: Moved, last: Moved, measure: ShiftMea
         moved: The original's concepts shifted to it.
         last: The same for the last one; `aligned` is the cosine of both shifts.
         measure: Gives intervals and tests; without it, it is a quick look.
+        significance: These, where they are known.
     """
     step = step_of(variant)
     values = {
@@ -97,13 +106,16 @@ def point(variant: str, place: int, moved: Moved, last: Moved, measure: ShiftMea
     }
     values = _defined(moved, values)
     of_kept = _kept(values)
-    significance = None if measure is None else _tested(measure, moved)
+    if significance is None and measure is not None:
+        significance = _tested(measure, moved)
     return {
         "variant": variant,
         "step": place if step is None else step,
         "pairs": len(moved.assignment),
         "means": {name: float(of.mean()) for name, of in of_kept.items()},
-        "intervals": {} if measure is None else {name: _interval(of, measure) for name, of in of_kept.items()},
+        "intervals": {}
+        if measure is None
+        else {name: mean_interval(of, measure.options) for name, of in of_kept.items()},
         "concepts": [_concept(moved, k, values, significance) for k in range(len(moved.shift.counts))],
     }
 
@@ -112,12 +124,6 @@ def _tested(measure: ShiftMeasure, moved: Moved) -> ShiftSignificance:
     found = measure.tested(moved, words=False)
     found.intervals["recovery_shifted"] = measure.recovered_interval(moved)
     return found
-
-
-def _interval(values: Tensor, measure: ShiftMeasure) -> list[float]:
-    options = measure.options
-    interval: list[float] = mean_intervals(values[:, None], LEVEL, options.resamples, options.seed)[0].tolist()
-    return interval
 
 
 def _defined(moved: Moved, values: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -26,6 +26,11 @@ def step_of(variant: str) -> int | None:
     return int(match[1]) if match else None
 
 
+def step_name(step: int) -> str:
+    """Name of the checkpoint of a training step."""
+    return f"step-{step:06d}"
+
+
 def name_destinations(destination: str | Sequence[str]) -> dict[str, str]:
     """Give each destination a name.
 
@@ -73,7 +78,7 @@ def _steps(folder: Path) -> list[Path]:
         expected = range(apart, steps[-1], apart)
         if missing := sorted(set(expected) - set(steps)):
             raise ValueError(
-                f"{folder}: a series every {apart} steps without step-{missing[0]:06d}; export it again, or list its "
+                f"{folder}: a series every {apart} steps without {step_name(missing[0])}; export it again, or list its "
                 "checkpoints to take them as they are"
             )
     return [found[step] for step in steps]
