@@ -25,6 +25,7 @@ from conceptshift.datamodules.shapes import write_shapes
 from conceptshift.datamodules.stored_features import FeatureShardWriter, FeatureStore, begin_store, merge_store
 from conceptshift.lightning_modules import VisionLanguageModel
 from conceptshift.lightning_modules.backbone.tiny import write_tiny_llava
+from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
@@ -109,6 +110,24 @@ def no_leaks() -> Iterator[None]:
             del os.environ[key]
     assert ours == before
     assert not torch.distributed.is_initialized()
+
+
+@pytest.fixture(scope="session")
+def make_adapter() -> Callable[..., Path]:
+    """Write a LoRA adapter, `make_adapter(model, folder, scale)`: new ones are zero, `scale` makes them something."""
+
+    def make(model: Path, folder: Path, scale: float, seed: int = 0, **options: Any) -> Path:
+        torch.manual_seed(seed)
+        loaded = VisionLanguageModel.load(str(model))
+        loaded.add_lora(LoraConfig(**{"r": 4, "task_type": "CAUSAL_LM", **options}))
+        with torch.no_grad():
+            for name, parameter in loaded.named_parameters():
+                if "lora_B" in name and scale:
+                    parameter.normal_(std=scale)
+        loaded.save(folder)
+        return folder
+
+    return make
 
 
 def _speak_in_words(model: VisionLanguageModel) -> None:

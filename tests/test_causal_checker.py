@@ -15,8 +15,6 @@ from conceptshift.callbacks.parts.concept_states import ConceptStates
 from conceptshift.concepts import load_dictionary
 from conceptshift.concepts.pca import PCA
 from conceptshift.datamodules.stored_features import FeatureStore
-from conceptshift.lightning_modules import VisionLanguageModel
-from peft import LoraConfig
 from scipy import stats
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -150,16 +148,9 @@ def test_a_concept_that_is_the_mean_is_listed(checked: Run, tmp_path: Path) -> N
     assert causal(tmp_path)["left_out"] == [{"concept": 0, "reason": "no direction of its own"}]
 
 
-def test_a_pair_of_models(checked: Run, tmp_path: Path, tiny: Path) -> None:
+def test_a_pair_of_models(checked: Run, make_adapter: Run, tmp_path: Path, tiny: Path) -> None:
     """Each variant is checked in the model that it was read in: all states are read again."""
-    model = VisionLanguageModel.load(str(tiny))
-    torch.manual_seed(0)
-    model.add_lora(LoraConfig(r=4, task_type="CAUSAL_LM"))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.3)
-    model.save(tmp_path / "adapter")
+    make_adapter(tiny, tmp_path / "adapter", scale=0.3)
     for variant in ("original", "destination"):
         done = checked(f"--model.destination={tmp_path / 'adapter'}", fitter={"variant": variant})
         assert done.status == 0, done.err

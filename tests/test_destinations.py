@@ -9,7 +9,6 @@ import torch
 from conceptshift.datamodules.stored_features import FeatureStore
 from conceptshift.lightning_modules import VisionLanguageModel
 from conceptshift.lightning_modules.backbone.destinations import check_checkpoint, name_destinations, step_of
-from peft import LoraConfig
 
 Run = Callable[..., Any]
 
@@ -31,18 +30,6 @@ def whole(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             if "layers.1.mlp" in name or "lm_head" in name:
                 parameter.add_(torch.randn_like(parameter) * parameter.std())
     model.save(folder)
-    return folder
-
-
-def lora(model: Path, folder: Path, seed: int) -> Path:
-    torch.manual_seed(seed)
-    loaded = VisionLanguageModel.load(str(model))
-    loaded.add_lora(LoraConfig(r=2, task_type="CAUSAL_LM"))
-    with torch.no_grad():
-        for name, parameter in loaded.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.2)
-    loaded.save(folder)
     return folder
 
 
@@ -133,9 +120,13 @@ def states(folder: Path, variant: str, site: str = "lm.block.2") -> tuple[list[s
     return FeatureStore(folder).states(site, "answer", variant)
 
 
-def test_each_variant_is_the_model_that_it_names(predict: Run, tiny: Path, whole: Path, tmp_path: Path) -> None:
+def test_each_variant_is_the_model_that_it_names(
+    predict: Run, make_adapter: Run, tiny: Path, whole: Path, tmp_path: Path
+) -> None:
     """A whole model and two adapters beside one original; each as if it had been loaded alone."""
-    adapters = [lora(tiny, tmp_path / name, seed) for seed, name in enumerate(("first", "second"))]
+    adapters = [
+        make_adapter(tiny, tmp_path / name, scale=0.2, seed=seed) for seed, name in enumerate(("first", "second"))
+    ]
     together = [*adapters, whole.parent / "model"]
     listed = ",".join(map(str, together))
     names = ["first", "second", whole.parent.name]

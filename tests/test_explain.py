@@ -20,16 +20,9 @@ Run = Callable[..., Any]
 
 
 @pytest.fixture
-def adapter(tiny: Path, tmp_path: Path) -> Path:
-    torch.manual_seed(0)
-    model = VisionLanguageModel.load(str(tiny))
-    model.add_lora(LoraConfig(r=4, task_type="CAUSAL_LM"))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.2)
-    model.save(tmp_path / "adapter")
-    return tmp_path / "adapter"
+def adapter(make_adapter: Run, tiny: Path, tmp_path: Path) -> Path:
+    made: Path = make_adapter(tiny, tmp_path / "adapter", scale=0.2)
+    return made
 
 
 @pytest.fixture

@@ -18,7 +18,6 @@ from conceptshift.concepts import load_dictionary
 from conceptshift.datamodules.sample import Batch
 from conceptshift.datamodules.stored_features import FeatureStore
 from conceptshift.lightning_modules import FeatureExtraction, VisionLanguageModel
-from peft import LoraConfig
 from torch import Tensor
 
 Run = Callable[..., Any]
@@ -52,27 +51,16 @@ def assert_same(ours: Path, reference: Path, exactly: bool = False) -> None:
         torch.testing.assert_close(values, states_there[name][1], rtol=tolerance, atol=tolerance, msg=name)
 
 
-def make_adapter(model: Path, folder: Path, scale: float, **options: Any) -> Path:
-    """A LoRA adapter; new ones are zero, and `scale` makes them something."""
-    torch.manual_seed(0)
-    loaded = VisionLanguageModel.load(str(model))
-    loaded.add_lora(LoraConfig(**{"r": 4, "task_type": "CAUSAL_LM", **options}))
-    with torch.no_grad():
-        for name, parameter in loaded.named_parameters():
-            if "lora_B" in name and scale:
-                parameter.normal_(std=scale)
-    loaded.save(folder)
-    return folder
+@pytest.fixture(scope="module")
+def zero_adapter(make_adapter: Run, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made: Path = make_adapter(tiny, tmp_path_factory.mktemp("adapter") / "zero", scale=0)
+    return made
 
 
 @pytest.fixture(scope="module")
-def zero_adapter(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_adapter(tiny, tmp_path_factory.mktemp("adapter") / "zero", scale=0)
-
-
-@pytest.fixture(scope="module")
-def adapter(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_adapter(tiny, tmp_path_factory.mktemp("adapter") / "some", scale=0.2)
+def adapter(make_adapter: Run, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made: Path = make_adapter(tiny, tmp_path_factory.mktemp("adapter") / "some", scale=0.2)
+    return made
 
 
 @pytest.mark.parametrize(
@@ -307,6 +295,7 @@ def test_the_destination_alone(predict: Run, tmp_path: Path, adapter: Path) -> N
 )
 def test_an_adapter_of_another_model_is_refused(
     predict: Run,
+    make_adapter: Run,
     make_model: Callable[..., Path],
     tmp_path: Path,
     tiny: Path,

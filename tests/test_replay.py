@@ -19,7 +19,6 @@ from conceptshift.datamodules import StoredFeatures
 from conceptshift.datamodules.stored_features import FeatureStore
 from conceptshift.lightning_modules import VisionLanguageModel
 from conceptshift.lightning_modules.backbone.readout import Readout
-from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 Run = Callable[..., Any]
@@ -62,17 +61,10 @@ def job(out: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def extracted(tiny: Path, shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def extracted(make_adapter: Run, tiny: Path, shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with the model: `features`, and beside it what `job` makes of them."""
     folder: Path = tmp_path_factory.mktemp("extracted")
-    torch.manual_seed(0)
-    model = VisionLanguageModel.load(str(tiny))
-    model.add_lora(LoraConfig(r=4, task_type="CAUSAL_LM"))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.1)
-    model.save(folder / "adapter")
+    make_adapter(tiny, folder / "adapter", scale=0.1)
     assert not main([
         "predict", *QUIET, "--model=FeatureExtraction", f"--model.model_id={tiny}",
         f"--model.destination={folder / 'adapter'}", "--model.sites=[lm.block.2,lm.norm]",

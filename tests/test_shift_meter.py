@@ -18,7 +18,6 @@ from conceptshift.concepts import KMeans, concept_shift, load_dictionary, load_s
 from conceptshift.datamodules.stored_features import FeatureShardWriter, FeatureStore, begin_store, merge_store
 from conceptshift.lightning_modules import VisionLanguageModel
 from conceptshift.lightning_modules.backbone.readout import Readout
-from peft import LoraConfig
 from torch import Tensor
 
 Run = Callable[..., Any]
@@ -247,15 +246,8 @@ def test_visual_tokens_are_paired_by_position(store: Callable[..., Path], tmp_pa
     assert pairs.unpaired == {"original": 6, "destination": 0}
 
 
-def test_visual_tokens_of_a_real_pair(predict: Run, tiny: Path, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model = VisionLanguageModel.load(str(tiny))
-    model.add_lora(LoraConfig(r=4, task_type="CAUSAL_LM"))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.2)
-    model.save(tmp_path / "adapter")
+def test_visual_tokens_of_a_real_pair(predict: Run, make_adapter: Run, tiny: Path, tmp_path: Path) -> None:
+    make_adapter(tiny, tmp_path / "adapter", scale=0.2)
     done = predict(
         tmp_path / "store", f"--model.destination={tmp_path / 'adapter'}", "--data.limit=6",
         "--trainer.callbacks+=DictionaryFitter", "--trainer.callbacks.site=lm.block.2",
