@@ -8,10 +8,12 @@ from .grounding_scorer import GroundingScorer
 from .model_export import ModelExport
 from .parts.grounding import GroundingOptions
 from .parts.shift_measure import ShiftOptions
+from .parts.state_sets import OfConcept, StateSet
 from .shift_meter import ShiftMeter
 from .shift_monitor import ShiftMonitor
 from .steerer import Steerer
-from .steering_vector_maker import StateSet, SteeringVectorMaker
+from .steering_vector_maker import SteeringVectorMaker
+from .sweep_scorer import SweepScorer, SweepTarget
 from .training_audit import TrainingAudit
 from .vqa_scorer import VQAScorer
 
@@ -23,12 +25,15 @@ __all__ = [
     "GroundingOptions",
     "GroundingScorer",
     "ModelExport",
+    "OfConcept",
     "ShiftMeter",
     "ShiftMonitor",
     "ShiftOptions",
     "StateSet",
     "Steerer",
     "SteeringVectorMaker",
+    "SweepScorer",
+    "SweepTarget",
     "TrainingAudit",
     "VQAScorer",
 ]

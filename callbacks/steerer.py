@@ -1,50 +1,60 @@
-"""Steers a model while it is validated."""
+"""Steers a model while it is validated, tested, or read."""
 
 from __future__ import annotations
 
 from contextlib import ExitStack
+from typing import Any, cast
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from ..concepts import load_steering_vector
-from ..lightning_modules import BackboneModule
-from ..lightning_modules.backbone import Selector, Steering
+from ..lightning_modules import BackboneModule, SteeringStep
+from ..lightning_modules.backbone import Steering
+from .parts.first_sample import try_on_first_sample
 
 
 class Steerer(Callback):
-    """Adds a steering vector during `validate` and `test`: f ← f + α s.
+    """Changes hidden states along steering vectors during `validate`, `test` and `predict`: f ← f + α (f′ − f).
 
     Args:
-        vector: File that a SteeringVectorMaker wrote.
-        alpha: Strength α; 0 leaves the model as it is.
-        positions: Which positions: `all`, `prompt`, `last_prompt`, `image`, `text`, `answer`, an index or a range.
-        site: Where; by default the site of the vector.
+        vectors: What to apply. Several at one site are applied in this order; that of two Steerers would be unknown, so
+            that they must not share a site.
     """
 
-    def __init__(self, vector: str, alpha: float = 1.0, positions: str = "answer", site: str | None = None) -> None:
-        if Selector.parse(positions).needs_answer:
-            raise ValueError(f"Steerer.positions: {positions!r} is known only after generation; give a role or a range")
-        self.vector = vector
-        self.alpha = alpha
-        self.positions = positions
-        self.site = site
+    def __init__(self, vectors: list[SteeringStep]) -> None:
+        if not vectors:
+            raise ValueError("Steerer.vectors: expected at least one vector, got an empty list")
+        self.vectors = vectors
+        self._loaded: list[Steering] = []
         self._active = ExitStack()
 
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begin to steer."""
-        assert isinstance(pl_module, BackboneModule)
-        vector, metadata = load_steering_vector(self.vector)
-        site = self.site or metadata["site"]
-        intervention = Steering(site, vector.to(pl_module.device), self.alpha, self.positions)
-        self._active.enter_context(pl_module.backbone.intervene(intervention))
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Read the vectors, so that what is wrong with them is told before a model is loaded."""
+        self._loaded = [step.load() for step in self.vectors]
+        callbacks: list[Callback] = cast(Any, trainer).callbacks
+        before = callbacks[: callbacks.index(self)]
+        taken = {steering.site for other in before if isinstance(other, Steerer) for steering in other._loaded}
+        for steering in self._loaded:
+            if steering.site in taken:
+                raise ValueError(
+                    f"two Steerers at {steering.site!r}, in no known order: list both vectors under `vectors` of one "
+                    "Steerer, in the order in which they are to be applied"
+                )
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Try the vectors on the first sample, then begin to steer."""
+        assert isinstance(pl_module, BackboneModule)
+        try_on_first_sample(trainer, pl_module, [self._loaded])
+        self._active.enter_context(pl_module.backbone.intervene(*self._loaded))
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stop steering."""
         self._active.close()
 
-    on_test_start = on_validation_start
-    on_test_end = on_validation_end
+    on_test_epoch_start = on_validation_epoch_start
+    on_test_epoch_end = on_validation_epoch_end
+    on_predict_epoch_start = on_validation_epoch_start
+    on_predict_epoch_end = on_validation_epoch_end
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Stop steering: Lightning calls this instead of the end hooks."""

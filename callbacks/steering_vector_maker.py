@@ -1,71 +1,88 @@
-"""Makes a steering vector from extracted states."""
+"""Makes steering vectors from extracted states."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch import Tensor
 
-from ..concepts import coarse_vector, save_steering_vector
+from ..concepts import (
+    SteeringVectors,
+    cluster_vectors,
+    coarse_vector,
+    load_dictionary,
+    principal_vector,
+    probe_accuracy,
+    probe_vector,
+    shuffled_vectors,
+    vector_length,
+    with_length,
+)
 from ..datamodules.stored_features import FeatureStore
-from ..metrics import normalize_answer
 from .parts.sources import store_folder
+from .parts.state_set_checks import check_dictionary, check_sites, check_states
+from .parts.state_sets import SelectedStates, StateSet, dictionary_file
 
-
-@dataclass
-class StateSet:
-    """Some states of a feature store.
-
-    Attributes:
-        selector: Selector of the states.
-        features: The feature store; by default the one that a FeatureWriter listed before writes, or the one that is
-            replayed.
-        variant: `original`, `destination`, or the name of another checkpoint.
-        answer: Only samples that the model answered with exactly this, after VQA normalisation.
-    """
-
-    selector: str
-    features: str | None = None
-    variant: str = "original"
-    answer: str | None = None
-
-    def states(self, store: FeatureStore, site: str) -> Tensor:
-        """The states [N, D] at a site of their store.
-
-        Raises:
-            ValueError: There are none.
-        """
-        ids, states = store.states(site, self.selector, self.variant)
-        if self.answer is None:
-            return states
-        wanted = normalize_answer(self.answer)
-        texts = {sample_id: row["text"] for sample_id, row in store.samples(self.variant).items()}
-        keep = [row for row, sample_id in enumerate(ids) if normalize_answer(texts[sample_id]) == wanted]
-        if not keep:
-            raise ValueError(f"{store.folder}: no {self.variant} sample was answered {self.answer!r}")
-        return states[keep]
+Method = Literal["coarse", "principal", "probe", "fine"]
+_OF_STATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "coarse": coarse_vector,
+    "principal": principal_vector,
+    "probe": probe_vector,
+}
 
 
 class SteeringVectorMaker(Callback):
-    """After `predict`, writes the coarse vector s = mean(target) − mean(source) (arXiv 2501.03012, §4).
+    """After `predict`, writes steering vectors from one set of states to another (arXiv 2501.03012, section 3.3).
 
     Args:
-        site: Site at which the states were read and at which the vector will be applied.
+        site: Site, or several, at which the states were read and at which the vectors will be applied.
         target: States of what the model shall do.
         source: States of what it does.
-        out: File to write.
+        out: File to write, with a vector for each site.
+        method: `coarse`: mean(target) − mean(source); `principal`: the direction in which most pairs of target and
+            source states of one sample differ; `probe`: the direction of a logistic regression that tells them apart;
+            `fine`: for each concept of the source the way to the nearest one of the target.
+        dictionary: Folder or file of the dictionary whose concepts `fine` goes between; of the one site.
+        norm: `natural`: as far as target and source lie apart; `unit`: 1.
+        shuffled: Number of controls of the same length, made from states whose labels are shuffled.
+        seed: Seed of the shuffling, and of the folds in which a probe is tested.
     """
 
-    def __init__(self, site: str, target: StateSet, source: StateSet, out: str) -> None:
-        self.site = site
+    def __init__(
+        self,
+        site: str | list[str],
+        target: StateSet,
+        source: StateSet,
+        out: str,
+        method: Method = "coarse",
+        dictionary: str | None = None,
+        norm: Literal["natural", "unit"] = "natural",
+        shuffled: int = 1,
+        seed: int = 0,
+    ) -> None:
+        self.sites = [site] if isinstance(site, str) else list(dict.fromkeys(site))
+        if not self.sites:
+            raise ValueError("SteeringVectorMaker.site: expected at least one site, got an empty list")
+        if (method == "fine") != (dictionary is not None):
+            raise ValueError("SteeringVectorMaker: the method fine needs a `dictionary`, and no other method takes one")
+        if dictionary is not None and len(self.sites) > 1:
+            raise ValueError(f"SteeringVectorMaker.site: a dictionary is of one site, got {', '.join(self.sites)}")
+        if shuffled < 0:
+            raise ValueError(f"SteeringVectorMaker.shuffled must be at least 0, got {shuffled}")
         self.target = target
         self.source = source
         self.out = Path(out)
+        self.method = method
+        self.dictionary = dictionary
+        self.norm = norm
+        self.shuffled = shuffled
+        self.seed = seed
 
     @property
     def state_key(self) -> str:
@@ -74,24 +91,88 @@ class SteeringVectorMaker(Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse what could not be done at the end."""
+        if self.dictionary is not None:
+            check_dictionary(trainer, self, self.dictionary, self.sites[0])
         for side in (self.target, self.source):
-            store_folder(trainer, self, side.features)
+            for site in self.sites:
+                check_states(trainer, self, pl_module, side, site)
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuse sites that will not be read: which these are, only the loaded model tells."""
+        for side in (self.target, self.source):
+            check_sites(trainer, self, pl_module, side, self.sites)
 
     @rank_zero_only
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Average, subtract, and write."""
-        target, target_from = self._read(trainer, self.target)
-        source, source_from = self._read(trainer, self.source)
-        vector = coarse_vector(target, source)
-        metadata = {"site": self.site, "target": target_from, "source": source_from}
-        save_steering_vector(self.out, vector, metadata)
-        rank_zero_info(
-            f"{self.out}: mean of {len(target)} target minus mean of {len(source)} source states at {self.site}, "
-            f"length {float(vector.norm()):.3g}"
+        """Make the vectors, and write."""
+        target, source = (
+            side.read(FeatureStore(store_folder(trainer, self, side.features)), self.sites[0])
+            for side in (self.target, self.source)
         )
+        metadata: dict[str, Any] = {
+            "sites": self.sites,
+            "method": self.method,
+            "norm": self.norm,
+            "seed": self.seed,
+            "target": _describe(target),
+            "source": _describe(source),
+        }
+        if self.method == "principal":
+            target, source = target.paired_with(source)
+            metadata["state_pairs"] = len(target.rows)
+        vectors: dict[str, Tensor] = {}
+        shuffled: dict[str, Tensor] = {}
+        for site in self.sites:
+            vectors[site], controls, facts = self._make(target.at(site), source.at(site))
+            shuffled |= {} if controls is None else {site: controls}
+            for name, value in facts.items():
+                metadata.setdefault(name, {})[site] = value
+            told = ", ".join(f"{name} {facts[name]:.3g}" for name in ("length", "probe_accuracy") if name in facts)
+            rank_zero_info(
+                f"{self.out}: {self.method} vector at {site} from {len(source.rows)} source to {len(target.rows)} "
+                f"target states, {told}"
+            )
+        if self.dictionary is not None:
+            metadata["dictionary"] = str(dictionary_file(self.dictionary))
+        SteeringVectors(vectors, shuffled, metadata).save(self.out)
 
-    def _read(self, trainer: L.Trainer, side: StateSet) -> tuple[Tensor, dict[str, Any]]:
-        """The states of one side, and where they come from."""
-        folder = store_folder(trainer, self, side.features)
-        states = side.states(FeatureStore(folder), self.site)
-        return states, {**vars(side), "features": str(folder), "states": len(states)}
+    def _make(self, target: Tensor, source: Tensor) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
+        """The vector of one site, its controls, and what is to be known of it.
+
+        Args:
+            target: States [N, D].
+            source: States [M, D].
+        """
+        facts: dict[str, Any] = {}
+        if self.dictionary is None:
+            make, labelled = _OF_STATES[self.method], (target, source)
+        else:
+            dictionary = load_dictionary(dictionary_file(self.dictionary))
+            labelled = (dictionary.assign(target), dictionary.assign(source))
+            facts["concept_pairs"] = cluster_vectors(dictionary.dictionary, *labelled)[1]
+
+            def make(one: Tensor, other: Tensor) -> Tensor:
+                return cluster_vectors(dictionary.dictionary, one, other)[0]
+
+        if self.method == "probe":
+            facts["probe_accuracy"] = probe_accuracy(target, source, self.seed)
+        vector = make(*labelled)
+        facts["length"] = vector_length(vector)
+        vector = with_length(vector, 1.0 if self.norm == "unit" else facts["length"])
+        if not self.shuffled:
+            return vector, None, facts
+        controls, facts["shuffled_lengths"] = shuffled_vectors(
+            make, *labelled, vector_length(vector), self.shuffled, self.seed
+        )
+        return vector, controls, facts
+
+
+def _describe(states: SelectedStates) -> dict[str, Any]:
+    """What one side is, where its states come from, and how many there are."""
+    return {
+        **asdict(states.of),
+        "features": str(states.store.folder),
+        "states": len(states.rows),
+        "samples": len({states.ids[row] for row in states.rows}),
+        "store": states.store.metadata,
+    }

@@ -1,4 +1,4 @@
-"""`conceptshift fit | validate | test | predict`: LightningCLI in subclass mode."""
+"""`conceptshift fit | validate | test | predict | sweep`: LightningCLI in subclass mode."""
 
 from __future__ import annotations
 
@@ -45,9 +45,10 @@ class SaveSubcommandConfig(SaveConfigCallback):
 
 
 def run(args: Sequence[str]) -> None:
-    """Run one of Lightning's subcommands."""
+    """Run one of Lightning's subcommands; `sweep` is `predict` with a SteeringSweep and a SweepScorer."""
     _hush()
-    return_predictions = ["--return_predictions=false"] if args[0] == "predict" and "--help" not in args else []
+    subcommand = "predict" if args[0] == "sweep" else args[0]
+    return_predictions = ["--return_predictions=false"] if subcommand == "predict" and "--help" not in args else []
     ConceptShiftCLI(
         subclass_mode_model=True,
         subclass_mode_data=True,
@@ -57,7 +58,7 @@ def run(args: Sequence[str]) -> None:
         parser_kwargs={"exit_on_error": False},
         save_config_callback=SaveSubcommandConfig,
         save_config_kwargs={"overwrite": True},
-        args=[args[0], *return_predictions, *args[1:]],
+        args=[subcommand, *return_predictions, *args[1:]],
     )
 
 

@@ -4,6 +4,7 @@ from ._averages import Average
 from .artifacts import content_hash, load_artifact, save_artifact
 from .correlation import Correlation, correlation
 from .dictionary import ConceptDictionary, load_dictionary, strongest
+from .direction_selection import DirectionSelection, select_direction
 from .draws import shift_draws
 from .grounding import english_lexicon, english_stop_words, ground_images, ground_words
 from .kmeans import KMeans
@@ -16,7 +17,19 @@ from .semi_nmf import SemiNMF
 from .shift import ConceptShift, concept_shift, load_shift, pair_rows
 from .significance import ShiftSignificance, shift_significance
 from .simple import Simple
-from .steering import coarse_vector, fine_vector, load_steering_vector, random_vector_like, save_steering_vector
+from .steering import (
+    cluster_vectors,
+    coarse_vector,
+    fine_vector,
+    principal_vector,
+    probe_accuracy,
+    probe_vector,
+    random_vector_like,
+    shuffled_vectors,
+    vector_length,
+    with_length,
+)
+from .steering_vectors import SteeringVectors, load_steering_vectors
 
 __all__ = [
     "PCA",
@@ -24,6 +37,7 @@ __all__ = [
     "ConceptDictionary",
     "ConceptShift",
     "Correlation",
+    "DirectionSelection",
     "FitReport",
     "Groundings",
     "KMeans",
@@ -32,6 +46,8 @@ __all__ = [
     "SemiNMF",
     "ShiftSignificance",
     "Simple",
+    "SteeringVectors",
+    "cluster_vectors",
     "coarse_vector",
     "concept_shift",
     "content_hash",
@@ -44,16 +60,22 @@ __all__ = [
     "load_artifact",
     "load_dictionary",
     "load_shift",
-    "load_steering_vector",
+    "load_steering_vectors",
     "match_concepts",
     "pair_rows",
+    "principal_vector",
+    "probe_accuracy",
+    "probe_vector",
     "random_vector_like",
     "recovery",
     "save_artifact",
-    "save_steering_vector",
+    "select_direction",
     "shift_draws",
     "shift_significance",
+    "shuffled_vectors",
     "stability",
     "strongest",
     "t_overlap",
+    "vector_length",
+    "with_length",
 ]

@@ -24,6 +24,7 @@ class Sample:
         answers: The ten annotators' answers to a question.
         answer_type: VQAv2's `yes/no`, `number` or `other`; empty for captions.
         question_type: VQAv2's first words of a question; empty for captions.
+        label: A class that the data give the sample, e.g. safe or unsafe; empty where there is none.
     """
 
     sample_id: str
@@ -34,6 +35,7 @@ class Sample:
     answers: tuple[str, ...] = ()
     answer_type: str = ""
     question_type: str = ""
+    label: str = ""
 
 
 @dataclass

@@ -46,9 +46,10 @@ SAMPLE_COLUMNS = pa.schema(
         ("text", pa.string()),
         ("references", pa.list_(pa.string())),
         ("answers", pa.list_(pa.string())),
+        ("label", pa.string()),
     ]
 )
-"""One row a sample and variant: the picture, what was asked, and what the model answered."""
+"""One row a sample and variant: the picture, what was asked, what the model answered, and what the data say of it."""
 
 Row = dict[str, Any]
 # States that are held at a time where a store is larger than memory.
@@ -207,7 +208,8 @@ def merge_store(folder: Path, skipped: Sequence[Mapping[str, str]] = ()) -> None
     parts = sorted(folder.glob("rank-*/*.samples.parquet"))
     if not parts:
         raise ValueError(f"{folder}: no sample was extracted; is every picture unreadable?")
-    samples = pa.concat_tables([pq.read_table(path) for path in parts])
+    # A resumed store may have shards from before a column was added.
+    samples = pa.concat_tables([pq.read_table(path) for path in parts], promote_options="default")
     keys = list(zip(samples["sample_id"].to_pylist(), samples["variant"].to_pylist(), strict=True))
     if len(set(keys)) != len(keys):
         twice = next(key for key in keys if keys.count(key) > 1)
@@ -241,9 +243,9 @@ class FeatureStore:
         self._index = pq.read_table(self.folder / "states.parquet")
 
     def samples(self, variant: str) -> dict[str, Row]:
-        """Sample id → row of `SAMPLE_COLUMNS`, in order of id."""
+        """Sample id → row of `SAMPLE_COLUMNS`, in order of id; without a label it is empty, as in stores of old."""
         table = pq.read_table(self.folder / "samples.parquet", filters=[("variant", "=", variant)])
-        return {row["sample_id"]: row for row in table.to_pylist()}
+        return {row["sample_id"]: {**row, "label": row.get("label") or ""} for row in table.to_pylist()}
 
     def states(self, site: str, selector: str, variant: str) -> tuple[list[str], Tensor]:
         """Read the states of one site.

@@ -5,6 +5,8 @@ from .base import BackboneModule
 from .extraction import Extraction, FeatureExtraction
 from .finetuning import FineTuning, LoraOptions
 from .replay import Replay
+from .steering import SteeringStep
+from .sweep import SteeringSweep
 
 __all__ = [
     "BackboneModule",
@@ -13,5 +15,7 @@ __all__ = [
     "FineTuning",
     "LoraOptions",
     "Replay",
+    "SteeringStep",
+    "SteeringSweep",
     "VisionLanguageModel",
 ]

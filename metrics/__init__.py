@@ -1,7 +1,9 @@
 """Scores of captions, answers and groundings, as torchmetrics classes and as functions."""
 
 from .bert import BertScorer
-from .caption import CaptionScores, caption_scores, caption_scores_per_sample
+from .bootstrap import Measure, Scored, bootstrap, difference, mean_measure
+from .caption import CaptionScores, caption_measures, caption_scores
+from .caption_scorers import ScoreName, check_scores
 from .clip import ClipEncoder, clip_score
 from .comparison import compare
 from .concept_scores import GroundedConcepts, score_columns
@@ -10,31 +12,42 @@ from .ptb import java_tokenize, ptb_tokenize
 from .published import published_scores
 from .rows import RowMetric
 from .statistics import bootstrap_interval, paired_bootstrap_interval, paired_t_test
-from .vqa import VQAAccuracy, answer_counts, normalize_answer, vqa_accuracy, vqa_scores
-from .word_share import word_share
+from .text import text_measures
+from .vqa import VQAAccuracy, answer_counts, normalize_answer, vqa_accuracy, vqa_measures, vqa_scores
+from .word_share import word_share, word_share_measure
 
 __all__ = [
     "BertScorer",
     "CaptionScores",
     "ClipEncoder",
     "GroundedConcepts",
+    "Measure",
     "RowMetric",
+    "ScoreName",
+    "Scored",
     "VQAAccuracy",
     "answer_counts",
+    "bootstrap",
     "bootstrap_interval",
+    "caption_measures",
     "caption_scores",
-    "caption_scores_per_sample",
+    "check_scores",
     "clip_score",
     "compare",
     "concept_overlap",
+    "difference",
     "java_tokenize",
+    "mean_measure",
     "normalize_answer",
     "paired_bootstrap_interval",
     "paired_t_test",
     "ptb_tokenize",
     "published_scores",
     "score_columns",
+    "text_measures",
     "vqa_accuracy",
+    "vqa_measures",
     "vqa_scores",
     "word_share",
+    "word_share_measure",
 ]

@@ -1,27 +1,23 @@
-"""CIDEr, BLEU and ROUGE-L of captions, by pycocoevalcap's scorers on the whole set at once."""
+"""CIDEr, BLEU, ROUGE-L, METEOR and SPICE of captions, by pycocoevalcap's scorers on the whole set at once."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-import torch
-from pycocoevalcap.bleu.bleu import Bleu
-from pycocoevalcap.cider.cider import Cider
-from pycocoevalcap.rouge.rouge import Rouge
-from torch import Tensor
-
+from .bootstrap import Measure
+from .caption_scorers import SCORERS, CaptionScore, ScoreName, Tokenized, check_scores
 from .ptb import java_tokenize, ptb_tokenize
-from .rows import RowMetric
+from .rows import Record, RowMetric
 
 Tokenizer = Literal["python", "java"]
+DEFAULT_SCORES: tuple[ScoreName, ...] = ("CIDEr", "BLEU", "ROUGE-L")
 _TOKENIZERS = {"python": ptb_tokenize, "java": java_tokenize}
-# id → captions as strings of tokens; the scorers want a list of one for the prediction.
-_Tokenized = dict[str, list[str]]
 
 
 def caption_scores(
     predictions: Mapping[str, str],
     references: Mapping[str, Sequence[str]],
     tokenizer: Tokenizer = "python",
+    scores: Sequence[ScoreName] = DEFAULT_SCORES,
 ) -> dict[str, float]:
     """Score a set of captions against their references.
 
@@ -32,55 +28,56 @@ def caption_scores(
         predictions: id → generated caption.
         references: id → reference captions, at least one; the same ids.
         tokenizer: "python", or "java" for the original PTBTokenizer (needs a JRE).
+        scores: Which ones; "METEOR" and "SPICE" run in Java, SPICE with files that are not in pycocoevalcap.
 
     Returns:
-        "CIDEr" (0..10), "BLEU-1" .. "BLEU-4" and "ROUGE-L" (0..1).
+        "CIDEr" (0..10), "BLEU-1" .. "BLEU-4", "ROUGE-L", "METEOR", "SPICE" (0..1), as far as wanted.
 
     Raises:
         ValueError: If there is nothing to score, the ids differ, a sample has no reference, all references
-            are empty, or the tokenizer is unknown or not available.
+            are empty, or the tokenizer or a score is unknown or not available.
     """
-    hypotheses, targets = _tokenize(predictions, references, tokenizer)
-    bleu, _ = Bleu(4).compute_score(targets, hypotheses, verbose=0)
-    scores = {f"BLEU-{n}": float(value) for n, value in enumerate(bleu, start=1)}
-    scores["CIDEr"] = float(Cider().compute_score(targets, hypotheses)[0])
-    scores["ROUGE-L"] = float(Rouge().compute_score(targets, hypotheses)[0])
-    return scores
+    return {name: score.value for name, score in _score(predictions, references, tokenizer, scores).items()}
 
 
-def caption_scores_per_sample(
+def caption_measures(
     predictions: Mapping[str, str],
     references: Mapping[str, Sequence[str]],
     tokenizer: Tokenizer = "python",
-) -> dict[str, dict[str, float]]:
-    """Score each caption of a set, for intervals over samples.
+    scores: Sequence[ScoreName] = DEFAULT_SCORES,
+) -> dict[str, Measure]:
+    """Return the `caption_scores` as measures, for intervals.
 
-    The mean over the ids is the score of the set (for CIDEr with the rarity of n-grams taken from the whole
-    set). BLEU is no mean over samples and therefore not here.
+    Resamples keep the rarity of n-grams that the whole set has. BLEU is computed anew for each, as it is for a set.
+    The statistics of the others begin with the score of each caption. METEOR of a set is no mean of them: its interval
+    is that of the mean, shifted to the score of the set. SPICE is the mean of those captions that have one.
 
     Args:
         predictions: id → generated caption.
         references: id → reference captions, at least one; the same ids.
         tokenizer: "python", or "java" for the original PTBTokenizer (needs a JRE).
-
-    Returns:
-        "CIDEr" and "ROUGE-L", each id → score.
+        scores: Which ones.
 
     Raises:
         ValueError: As `caption_scores`.
     """
+    return {name: score.measure for name, score in _score(predictions, references, tokenizer, scores).items()}
+
+
+def _score(
+    predictions: Mapping[str, str],
+    references: Mapping[str, Sequence[str]],
+    tokenizer: Tokenizer,
+    scores: Sequence[ScoreName],
+) -> dict[str, CaptionScore]:
+    check_scores(scores)
     hypotheses, targets = _tokenize(predictions, references, tokenizer)
-    scorers = {"CIDEr": Cider(), "ROUGE-L": Rouge()}
-    per_sample: dict[str, dict[str, float]] = {}
-    for name, scorer in scorers.items():
-        _, values = scorer.compute_score(targets, hypotheses)
-        per_sample[name] = dict(zip(targets, map(float, values), strict=True))
-    return per_sample
+    return {name: score for chosen in scores for name, score in SCORERS[chosen](targets, hypotheses).items()}
 
 
 def _tokenize(
     predictions: Mapping[str, str], references: Mapping[str, Sequence[str]], tokenizer: Tokenizer
-) -> tuple[_Tokenized, _Tokenized]:
+) -> tuple[Tokenized, Tokenized]:
     """Check the captions; return the tokenized predictions and references, both sorted by id."""
     if tokenizer not in _TOKENIZERS:
         raise ValueError(f"`tokenizer` must be one of {sorted(_TOKENIZERS)}, got {tokenizer!r}: use 'python'")
@@ -111,17 +108,22 @@ class CaptionScores(RowMetric):
 
     Attributes:
         tokenizer: The tokenizer in use, "python" or "java".
+        scores: The scores in use.
     """
 
-    def __init__(self, tokenizer: Tokenizer = "python", **kwargs: Any) -> None:
-        """Choose the tokenizer.
+    def __init__(
+        self, tokenizer: Tokenizer = "python", scores: Sequence[ScoreName] = DEFAULT_SCORES, **kwargs: Any
+    ) -> None:
+        """Choose the tokenizer and the scores.
 
         Args:
             tokenizer: "python", or "java" for the original PTBTokenizer (needs a JRE).
+            scores: Which ones of "CIDEr", "BLEU", "ROUGE-L", "METEOR" and "SPICE".
             **kwargs: Options of `torchmetrics.Metric`.
         """
         super().__init__(**kwargs)
         self.tokenizer: Tokenizer = tokenizer
+        self.scores = tuple(scores)
 
     def update(
         self, sample_ids: Sequence[str], predictions: Sequence[str], references: Sequence[Sequence[str]]
@@ -138,19 +140,12 @@ class CaptionScores(RowMetric):
         """
         self._add(sample_ids, text=predictions, references=[list(texts) for texts in references])
 
-    def compute(self) -> dict[str, Tensor]:
-        """Score everything that came in.
-
-        Returns:
-            The scores of `caption_scores`, each a float32 scalar.
+    def measures(self, rows: Mapping[str, Record]) -> dict[str, Measure]:
+        """Return the `caption_measures` of rows.
 
         Raises:
-            ValueError: If nothing came in, an id came with two texts, or as `caption_scores`.
+            ValueError: As `caption_scores`.
         """
-        rows = self._gathered()
-        scores = caption_scores(
-            {i: row["text"] for i, row in rows.items()},
-            {i: row["references"] for i, row in rows.items()},
-            self.tokenizer,
-        )
-        return {name: torch.tensor(value) for name, value in scores.items()}
+        predictions = {i: row["text"] for i, row in rows.items()}
+        references = {i: row["references"] for i, row in rows.items()}
+        return caption_measures(predictions, references, self.tokenizer, self.scores)

@@ -8,6 +8,7 @@ strings in Python; `java_tokenize` runs the original.
 import re
 import shutil
 from collections.abc import Sequence
+from functools import lru_cache
 
 from .ptb_rules import QUOTES, RULES, SYMBOLS
 
@@ -75,7 +76,7 @@ def ptb_tokenize(captions: Sequence[str]) -> list[str]:
     Returns:
         For each caption its tokens, lower-case, joined by spaces; punctuation removed.
     """
-    return [" ".join(_tokens(caption)) for caption in captions]
+    return [_tokenized(caption) for caption in captions]
 
 
 def java_tokenize(captions: Sequence[str]) -> list[str]:
@@ -105,6 +106,12 @@ def java_tokenize(captions: Sequence[str]) -> list[str]:
             "whether the JRE works, or use 'python'"
         )
     return [str(line) for line in lines]
+
+
+# The references of a set come again with every run that is scored on it.
+@lru_cache(maxsize=2**17)
+def _tokenized(caption: str) -> str:
+    return " ".join(_tokens(caption))
 
 
 def _tokens(caption: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 import json
 import reprlib
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
+
+from .bootstrap import Measure
 
 Record = dict[str, Any]
 
@@ -116,11 +119,35 @@ class RowMetric(Metric):
             assert isinstance(self.encoded_rows, list)
             self.encoded_rows.append(encode_rows(records).to(self.device))
 
-    def _gathered(self) -> dict[str, Record]:
-        """Return the rows of all processes, keep them in `rows`; call it in `compute` only."""
+    @abstractmethod
+    def measures(self, rows: Mapping[str, Record]) -> dict[str, Measure]:
+        """Return the scores of a set of rows, whatever came in."""
+
+    def compute(self) -> dict[str, Tensor]:
+        """Score everything that came in.
+
+        Returns:
+            Name → score, a float32 scalar.
+
+        Raises:
+            ValueError: If nothing came in, an id came with two contents, or as `measures`.
+        """
+        self.rows = self._merged()
+        return {name: torch.tensor(measure.value) for name, measure in self.measures(self.rows).items()}
+
+    def gathered(self) -> dict[str, Record]:
+        """Return the rows of all processes without scoring them; every process must call it.
+
+        Raises:
+            ValueError: If nothing came in, or an id came with two contents.
+        """
+        with self.sync_context():
+            return self._merged()
+
+    def _merged(self) -> dict[str, Record]:
+        """Return the rows of the processes whose states were synchronised."""
         encoded = dim_zero_cat(self.encoded_rows) if len(self.encoded_rows) else torch.zeros(0, dtype=torch.uint8)
         rows = unique_rows(decode_rows(encoded))
         if not rows:
             raise ValueError(f"{type(self).__name__} has no rows: call `update` with at least one sample first")
-        self.rows = rows
         return rows

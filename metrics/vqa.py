@@ -9,10 +9,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from .rows import RowMetric
+from .bootstrap import Measure, mean_measure
+from .rows import Record, RowMetric
 
 ANSWER_TYPES = ("yes/no", "number", "other")
 N_ANSWERS = 10
@@ -108,22 +106,42 @@ def vqa_scores(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     Raises:
         ValueError: If there is no row, an answer type is unknown, or as `vqa_accuracy`.
     """
-    groups: dict[str, list[float]] = {"overall": []}
-    for row in rows:
-        if row["answer_type"] not in ANSWER_TYPES:
-            raise ValueError(
-                f"`answer_type` must be one of {list(ANSWER_TYPES)}, got {row['answer_type']!r}: "
-                "use 'other' for questions that are neither yes/no nor counting"
-            )
-        accuracy = vqa_accuracy(row["prediction"], row["answers"])
-        names = ["overall", row["answer_type"]]
-        if row.get("question_type") is not None:
-            names.append(f"question type/{row['question_type']}")
-        for name in names:
-            groups.setdefault(name, []).append(accuracy)
-    if not groups["overall"]:
+    measures = vqa_measures({str(number): row for number, row in enumerate(rows)})
+    return {name: measure.value for name, measure in measures.items()}
+
+
+def vqa_measures(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Measure]:
+    """Return the `vqa_scores` as measures, for intervals.
+
+    Args:
+        rows: id → row, as `vqa_scores` takes them.
+
+    Returns:
+        Name → mean over the questions of that type; the statistics of "overall" begin with each accuracy.
+
+    Raises:
+        ValueError: As `vqa_scores`.
+    """
+    if not rows:
         raise ValueError("VQA accuracy needs at least one question, got none: check the selection of samples")
-    return {name: sum(values) / len(values) for name, values in groups.items()}
+    ids = sorted(rows)
+    types = [_types(rows[i]) for i in ids]
+    accuracies = [vqa_accuracy(rows[i]["prediction"], rows[i]["answers"]) for i in ids]
+    return {
+        name: mean_measure([value if name in own else None for value, own in zip(accuracies, types, strict=True)])
+        for name in dict.fromkeys(name for own in types for name in own)
+    }
+
+
+def _types(row: Mapping[str, Any]) -> list[str]:
+    """Names of the scores that a question counts in."""
+    if row["answer_type"] not in ANSWER_TYPES:
+        raise ValueError(
+            f"`answer_type` must be one of {list(ANSWER_TYPES)}, got {row['answer_type']!r}: "
+            "use 'other' for questions that are neither yes/no nor counting"
+        )
+    names = ["overall", row["answer_type"]]
+    return names if row.get("question_type") is None else [*names, f"question type/{row['question_type']}"]
 
 
 def answer_counts(predictions: Iterable[str]) -> Counter[str]:
@@ -178,14 +196,10 @@ class VQAAccuracy(RowMetric):
             question_type=[None] * len(sample_ids) if question_types is None else question_types,
         )
 
-    def compute(self) -> dict[str, Tensor]:
-        """Score everything that came in.
-
-        Returns:
-            The scores of `vqa_scores`, each a float32 scalar.
+    def measures(self, rows: Mapping[str, Record]) -> dict[str, Measure]:
+        """Return the `vqa_measures` of rows.
 
         Raises:
-            ValueError: If nothing came in, an id came with two contents, or as `vqa_scores`.
+            ValueError: As `vqa_scores`.
         """
-        scores = vqa_scores(self._gathered().values())
-        return {name: torch.tensor(value) for name, value in scores.items()}
+        return vqa_measures(rows)

@@ -14,9 +14,12 @@ import torch
 from conceptshift.metrics import (
     CaptionScores,
     VQAAccuracy,
+    bootstrap,
+    caption_measures,
     caption_scores,
-    caption_scores_per_sample,
+    text_measures,
     word_share,
+    word_share_measure,
 )
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
@@ -127,16 +130,62 @@ def test_perfect_captions() -> None:
     assert caption_scores({i: texts[0] for i, texts in single.items()}, single)["CIDEr"] == pytest.approx(10.0)
 
 
-def test_per_sample_scores_average_to_the_set() -> None:
-    whole = caption_scores(PREDICTIONS, REFERENCES)
-    per_sample = caption_scores_per_sample(PREDICTIONS, REFERENCES)
-    assert per_sample.keys() == {"CIDEr", "ROUGE-L"}
-    for name, scores in per_sample.items():
-        assert scores.keys() == PREDICTIONS.keys()
-        assert sum(scores.values()) / len(scores) == pytest.approx(whole[name])
-    worse = caption_scores_per_sample(PREDICTIONS | {"7": "a spoon"}, REFERENCES)["CIDEr"]
-    changed = [i for i in worse if worse[i] != per_sample["CIDEr"][i]]
-    assert changed == ["7"]
+def per_sample(predictions: dict[str, str], name: str) -> dict[str, float]:
+    statistics = caption_measures(predictions, REFERENCES)[name].statistics
+    assert statistics[:, 1].tolist() == [1.0] * len(predictions)
+    return dict(zip(sorted(predictions), statistics[:, 0].tolist(), strict=True))
+
+
+def test_measures_are_the_scores_of_the_set() -> None:
+    whole, measures = caption_scores(PREDICTIONS, REFERENCES), caption_measures(PREDICTIONS, REFERENCES)
+    assert list(measures) == list(whole)
+    assert {name: measure.value for name, measure in measures.items()} == pytest.approx(whole, rel=1e-12)
+    for name in ("CIDEr", "ROUGE-L"):
+        scores, worse = per_sample(PREDICTIONS, name), per_sample(PREDICTIONS | {"7": "a spoon"}, name)
+        assert [i for i in worse if worse[i] != scores[i]] == ["7"]
+
+
+def test_resampled_bleu_is_that_of_the_resampled_set() -> None:
+    """The library scores each resample as a set of its own, with repeated samples."""
+    ids = sorted(JAVA_TOKENS)
+    measures = {n: caption_measures(PREDICTIONS, REFERENCES)[f"BLEU-{n}"] for n in (1, 2, 3, 4)}
+    pick = random.Random(0)
+    for _ in range(20):
+        drawn = [pick.randrange(len(ids)) for _ in ids]
+        samples = {str(place): JAVA_TOKENS[ids[number]] for place, number in enumerate(drawn)}
+        bleu, _ = Bleu(4).compute_score(
+            {i: references for i, (_, references) in samples.items()},
+            {i: [prediction] for i, (prediction, _) in samples.items()},
+            verbose=0,
+        )
+        for n, measure in measures.items():
+            assert measure.score(measure.statistics[drawn].sum(axis=0)) == pytest.approx(bleu[n - 1], rel=1e-12)
+
+
+def test_bleu_of_empty_and_unmatched_captions_is_that_of_the_library() -> None:
+    for prediction in ("", "zebra zebra", "."):
+        predictions = dict.fromkeys(PREDICTIONS, prediction)
+        scores, measures = caption_scores(predictions, REFERENCES), caption_measures(predictions, REFERENCES)
+        for n in (1, 2, 3, 4):
+            assert measures[f"BLEU-{n}"].value == pytest.approx(scores[f"BLEU-{n}"], rel=1e-9, abs=1e-15)
+
+
+def test_intervals_hold_the_scores() -> None:
+    scored = bootstrap(caption_measures(PREDICTIONS, REFERENCES))
+    for name, score in scored.items():
+        low, high = score.interval()
+        assert low < score.score < high, name
+
+
+def test_each_caption_is_tokenized_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules["conceptshift.metrics.ptb"]
+    seen: list[str] = []
+    tokens = module._tokens  # type: ignore[attr-defined]
+    monkeypatch.setattr(module, "_tokens", lambda caption: seen.append(caption) or tokens(caption))
+    references = {i: [f"{text} (once)" for text in texts] for i, texts in REFERENCES.items()}
+    first = caption_scores(PREDICTIONS, references)
+    assert caption_scores(PREDICTIONS, references) == first
+    assert sum("(once)" in caption for caption in seen) == sum(map(len, references.values()))
 
 
 def test_order_of_ids_does_not_matter_to_the_last_bit() -> None:
@@ -210,8 +259,8 @@ def test_errors_name_the_way_out() -> None:
 
 
 def test_empty_prediction_scores_zero() -> None:
-    per_sample = caption_scores_per_sample(PREDICTIONS | {"1": ""}, REFERENCES)
-    assert per_sample["CIDEr"]["1"] == per_sample["ROUGE-L"]["1"] == 0.0
+    predictions = PREDICTIONS | {"1": ""}
+    assert per_sample(predictions, "CIDEr")["1"] == per_sample(predictions, "ROUGE-L")["1"] == 0.0
 
 
 def test_java_option_without_java(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,6 +294,19 @@ def test_word_share() -> None:
         word_share([], ["red"])
     with pytest.raises(ValueError, match="must not be empty"):
         word_share(captions, [])
+    measure = word_share_measure(dict(zip("badcfe", captions, strict=True)), ["red", "blue"])
+    assert measure.value == pytest.approx(3 / 6)
+    # By sorted id: a is the second caption.
+    assert measure.statistics[:, 0].tolist() == [0, 1, 1, 0, 0, 1]
+
+
+def test_length_and_repetition() -> None:
+    texts = {"b": "a red bus", "a": "the dog the dog the dog", "c": "", "d": "bus"}
+    measures = text_measures(texts)
+    assert measures["length"].statistics[:, 0].tolist() == [6, 3, 0, 1]
+    # "the dog" and "dog the" are all there is among five bigrams.
+    assert measures["repetition"].statistics[:, 0].tolist() == pytest.approx([3 / 5, 0, 0, 0])
+    assert measures["length"].value == pytest.approx(10 / 4)
 
 
 WORKER = """

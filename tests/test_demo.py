@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from conceptshift.cli.demo import demo
-from conceptshift.concepts import load_dictionary, load_shift, load_steering_vector
+from conceptshift.concepts import load_dictionary, load_shift, load_steering_vectors
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 CAPTIONING = {"CIDEr", "BLEU-4", "ROUGE-L", "color_share"}
@@ -73,9 +73,10 @@ def test_artifacts_load(folder: Path) -> None:
     dictionary = load_dictionary(folder / "concepts/original-kmeans/dictionary.safetensors")
     shift, metadata = load_shift(folder / "shift/kmeans/shift.safetensors")
     assert shift.vectors.shape == dictionary.dictionary.shape
-    vector, where = load_steering_vector(folder / "answer_vector/vector.safetensors")
+    (site, vector), *others = load_steering_vectors(folder / "answer_vector/vector.safetensors").vectors.items()
     assert vector.shape == dictionary.dictionary.shape[1:]
-    assert where["site"] == metadata["site"] == "lm.block.5"
+    assert not others
+    assert site == metadata["site"] == "lm.block.5"
 
 
 def test_tensorboard_shows_losses_scores_concepts_and_their_shift(folder: Path) -> None:

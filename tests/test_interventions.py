@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 from conceptshift.lightning_modules import VisionLanguageModel
-from conceptshift.lightning_modules.backbone import DirectionalAblation, Generation, Role, Selector, Steering
+from conceptshift.lightning_modules.backbone import Generation, Role, Selector, Steering
 from conceptshift.lightning_modules.backbone.prompts import append_answers
 from PIL import Image
 from torch import Tensor
@@ -23,8 +23,12 @@ PROMPTS = [
     "Who?",
 ]
 TARGETS = ["on the beach", "2", "a red circle and a blue star", "red", "a heart in space"]
-POSITIONS = ["all", "prompt", "last_prompt", "image", "text", "answer", "0", "3:70", "66:"]
+POSITIONS = ["all", "prompt", "last_prompt", "image", "text", "answer", "generated", "0", "3:70", "66:"]
 SITES = ["projector", "lm.embed", "lm.block.0", "lm.block.2", "lm.norm"]
+
+
+def ablation(site: str, vector: Tensor, positions: str | Tensor = "all") -> Steering:
+    return Steering(site, vector, positions=positions, mode="project_away")
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +249,7 @@ def test_an_ablated_direction_is_gone_and_nothing_else(
     inputs = encoded(model, pictures, range(5), targets=True)
     here = model.sites([site])
     plain = model.read(inputs, here)
-    with model.intervene(DirectionalAblation(site, 7 * vectors, mask if positions == "mask" else positions)):
+    with model.intervene(ablation(site, 7 * vectors, mask if positions == "mask" else positions)):
         ablated = model.read(inputs, here).states[site]
     roles, states = plain.token_map.roles, plain.states[site]
     if positions == "mask":
@@ -274,13 +278,13 @@ def test_an_orthogonal_direction_removes_nothing(
     plain = model.read(inputs, here).states
     f = plain[site][:, 70]
     orthogonal = vectors - ((vectors * f).sum(dim=1) / f.square().sum(dim=1))[:, None] * f
-    with model.intervene(DirectionalAblation(site, orthogonal, "70")):
+    with model.intervene(ablation(site, orthogonal, "70")):
         ablated = model.read(inputs, here).states
     for name in plain:
         torch.testing.assert_close(ablated[name], plain[name], rtol=1e-4, atol=1e-4)
-    with model.intervene(DirectionalAblation(site, torch.zeros(64))):
+    with model.intervene(ablation(site, torch.zeros(64))):
         assert torch.equal(model.read(inputs, here).states["lm.norm"], plain["lm.norm"])
-    once, twice = (DirectionalAblation(site, vectors),), (DirectionalAblation(site, vectors),) * 2
+    once, twice = (ablation(site, vectors),), (ablation(site, vectors),) * 2
     results = []
     for interventions in (once, twice):
         with model.intervene(*interventions):
@@ -294,21 +298,21 @@ def test_what_was_added_along_a_direction_goes_with_it(
     model, site = shared_backbone, "lm.block.1"
     inputs = encoded(model, pictures, range(3), targets=True)
     norm = model.sites(["lm.norm"])
-    ablation = DirectionalAblation(site, vector, "text")
-    with model.intervene(ablation):
+    removed = ablation(site, vector, "text")
+    with model.intervene(removed):
         alone = model.read(inputs, norm).states["lm.norm"]
-    with model.intervene(Steering(site, vector, 3.0, "text"), ablation):
+    with model.intervene(Steering(site, vector, 3.0, "text"), removed):
         both = model.read(inputs, norm).states["lm.norm"]
     torch.testing.assert_close(both, alone, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", [DirectionalAblation, Steering])
+@pytest.mark.parametrize("kind", [ablation, Steering])
 def test_each_sample_has_its_own_vector_and_positions(
     shared_backbone: VisionLanguageModel,
     pictures: list[Image.Image],
     vectors: Tensor,
     mask: Tensor,
-    kind: type[DirectionalAblation] | type[Steering],
+    kind: Callable[..., Steering],
 ) -> None:
     """In one batch as one by one, whatever the padding; and written as read, through the cache."""
     model, site = shared_backbone, "lm.block.0"
@@ -339,7 +343,7 @@ def test_a_mask_counts_without_padding(
     mask = torch.zeros(5, int(lengths.max()) + 2, dtype=torch.bool)
     mask[torch.arange(5), lengths + torch.tensor([-1, 0, -3, 1, -70])] = True
     here = model.sites(["lm.norm"])
-    with model.intervene(DirectionalAblation("lm.norm", vectors, mask)):
+    with model.intervene(ablation("lm.norm", vectors, mask)):
         ablated = model.generate(inputs, 5, here)
     gone = component(ablated.states["lm.norm"], vectors).abs() < 1e-6
     is_there = ablated.token_map.roles[:, : gone.shape[1]] != Role.PAD
@@ -355,7 +359,7 @@ def test_a_low_precision_model_is_ablated_in_its_own(
     model = VisionLanguageModel.load(shared_backbone.source, dtype="bfloat16")
     inputs = encoded(model, pictures, range(3), targets=True)
     here = model.sites(["lm.block.1"])
-    with model.intervene(DirectionalAblation("lm.block.1", vector)):
+    with model.intervene(ablation("lm.block.1", vector)):
         ablated = model.read(inputs, here)
     states = ablated.states["lm.block.1"]
     assert states.dtype == torch.bfloat16
@@ -366,9 +370,9 @@ def test_a_low_precision_model_is_ablated_in_its_own(
 @pytest.mark.parametrize(
     ("vector", "positions", "message"),
     [
-        (torch.ones(3, 64), "all", "ablation with 3 vectors for a batch of 2 samples"),
-        (torch.ones(64), torch.ones(1, 80, dtype=torch.bool), "ablation with 1 masks of positions for a batch of 2"),
-        (torch.ones(2, 63), "all", r"ablation vector of width 63 at 'lm\.block\.1', where states have width 64"),
+        (torch.ones(3, 64), "all", "steering with 3 vectors for a batch of 2 samples"),
+        (torch.ones(64), torch.ones(1, 80, dtype=torch.bool), "steering with 1 masks of positions for a batch of 2"),
+        (torch.ones(2, 63), "all", r"steering vector of width 63 at 'lm\.block\.1', where states have width 64"),
         (torch.ones(64), "token_of_interest:dog", "known only after generation; give a role, a range, or a mask"),
     ],
 )
@@ -383,7 +387,7 @@ def test_what_does_not_fit_the_batch(
     before = hooks(model)
     with (
         pytest.raises(ValueError, match=message),
-        model.intervene(DirectionalAblation("lm.block.1", vector, positions)),
+        model.intervene(ablation("lm.block.1", vector, positions)),
     ):
         model.read(encoded(model, pictures, range(2), targets=True))
     assert hooks(model) == before

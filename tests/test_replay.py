@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conceptshift.cli.main import main
-from conceptshift.concepts import load_dictionary, load_shift, load_steering_vector
+from conceptshift.concepts import load_dictionary, load_shift, load_steering_vectors
 from conceptshift.datamodules import StoredFeatures
 from conceptshift.datamodules.stored_features import FeatureStore
 from conceptshift.lightning_modules import VisionLanguageModel
@@ -116,9 +116,9 @@ def test_replay_makes_what_the_run_with_the_model_made(replay: Run, extracted: P
     assert shift["means"]["magnitude"] > 0
     vectors = [load_shift(folder / "shift" / "shift.safetensors")[0].vectors for folder in (tmp_path, live)]
     torch.testing.assert_close(vectors[0], vectors[1], rtol=0, atol=0, equal_nan=True)
-    steering = [load_steering_vector(folder / "vector.safetensors") for folder in (tmp_path, live)]
-    assert torch.equal(steering[0][0], steering[1][0])
-    assert steering[0][1] == steering[1][1]
+    steering = [load_steering_vectors(folder / "vector.safetensors") for folder in (tmp_path, live)]
+    assert steering[0].metadata == steering[1].metadata
+    torch.testing.assert_close(steering[0].vectors, steering[1].vectors, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 100])

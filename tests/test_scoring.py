@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conceptshift.callbacks import Steerer
-from conceptshift.concepts import save_steering_vector
+from conceptshift.concepts import SteeringVectors
 from conceptshift.datamodules import VQADataModule
 from conceptshift.lightning_modules import FineTuning, VisionLanguageModel
 from conceptshift.metrics import caption_scores, vqa_accuracy
@@ -37,7 +37,7 @@ def steerer(vector: Path, alpha: float, **options: object) -> list[str]:
 def vector(tmp_path: Path) -> Path:
     path = tmp_path / "vector.safetensors"
     direction = torch.randn(64, generator=torch.Generator().manual_seed(0))
-    save_steering_vector(path, direction, {"site": "lm.block.0"})
+    SteeringVectors({"lm.block.0": direction}, {}, {}).save(path)
     return path
 
 
@@ -137,7 +137,7 @@ def test_steering_ends_with_an_exception(validate: Run, vector: Path, monkeypatc
 
 def test_a_steerer_that_cannot_work(validate: Run, tmp_path: Path, vector: Path) -> None:
     wrong = tmp_path / "wide.safetensors"
-    save_steering_vector(wrong, torch.ones(80), {"site": "lm.block.0"})
+    SteeringVectors({"lm.block.0": torch.ones(80)}, {}, {}).save(wrong)
     message = "steering vector of width 80 at 'lm.block.0', where states have width 64; it was made for another model"
     assert message in validate(*steerer(wrong, 1.0)).error
     assert "nowhere.safetensors" in validate(*steerer(tmp_path / "nowhere.safetensors", 1.0)).error

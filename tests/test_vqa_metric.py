@@ -4,7 +4,15 @@ from collections import Counter
 
 import pytest
 import torch
-from conceptshift.metrics import VQAAccuracy, answer_counts, normalize_answer, vqa_accuracy, vqa_scores
+from conceptshift.metrics import (
+    VQAAccuracy,
+    answer_counts,
+    bootstrap,
+    normalize_answer,
+    vqa_accuracy,
+    vqa_measures,
+    vqa_scores,
+)
 
 
 @pytest.mark.parametrize(
@@ -117,6 +125,23 @@ def test_scores_by_question_type() -> None:
     scores = {name: value.item() for name, value in metric.compute().items()}
     by_question = {"is the": 0.8, "how many": 0.9, "what color": 0.0, "what": 1.0}
     assert scores == pytest.approx(EXPECTED | {f"question type/{name}": v for name, v in by_question.items()})
+
+
+def test_measures_follow_the_sorted_ids() -> None:
+    rows = {
+        sample_id: {"prediction": prediction, "answers": answers, "answer_type": kind, "question_type": question}
+        for sample_id, prediction, answers, kind, question in zip(
+            IDS, PREDICTIONS, ANSWERS, ANSWER_TYPES, QUESTION_TYPES, strict=True
+        )
+    }
+    measures = vqa_measures(dict(reversed(rows.items())))
+    assert {name: measure.value for name, measure in measures.items()} == pytest.approx(vqa_scores(rows.values()))
+    assert measures["overall"].statistics[:, 0].tolist() == pytest.approx([1, 0.6, 0.9, 0, 1])
+    assert measures["number"].statistics.tolist() == [[0, 0], [0, 0], [pytest.approx(0.9), 1], [0, 0], [0, 0]]
+    scored = bootstrap(measures)
+    assert scored["number"].interval() == pytest.approx((0.9, 0.9))
+    low, high = scored["yes/no"].interval()
+    assert (low, high) == pytest.approx((0.6, 1.0))
 
 
 def test_order_batches_and_duplicates_do_not_matter() -> None:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from ...datamodules.images import read_image
 from ...lightning_modules import VisionLanguageModel
-from ...lightning_modules.backbone import DirectionalAblation, Generation, Selector
+from ...lightning_modules.backbone import Generation, Selector, Steering
 from .concept_states import ConceptStates
 from .word_probability import WordProbability
 
@@ -103,7 +103,7 @@ def removal_trials(
             before.append(measured(plain))
             trials = []
             for direction in directions[concepts].unbind(dim=1):
-                with backbone.intervene(DirectionalAblation(site, direction, mask)):
+                with backbone.intervene(Steering(site, direction, positions=mask, mode="project_away")):
                     trials.append(measured(backbone.read(inputs, norm)))
                 bar.update()
             after.append(torch.stack(trials, dim=1))

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import asdict
+from typing import Any, cast
 
 import lightning as L
 import torch
 import transformers
+from lightning.pytorch.callbacks import Callback
 
 from ... import __version__
+from ...concepts import content_hash, load_steering_vectors
 from ...datamodules.base import PictureDataModule
 from ...datamodules.stored_features import Row
-from ...lightning_modules import FeatureExtraction
+from ...lightning_modules import FeatureExtraction, SteeringStep, SteeringSweep
 from ...lightning_modules.backbone.destinations import ORIGINAL
 from ...lightning_modules.base import BackboneModule
+from ..steerer import Steerer
 
 
 def describe_run(trainer: L.Trainer, module: FeatureExtraction) -> Row:
@@ -25,7 +29,13 @@ def describe_run(trainer: L.Trainer, module: FeatureExtraction) -> Row:
         "selectors": [selector.name for selector in module.selectors],
         "variants": list(module.variants),
         "answers": module.answers,
+        "steering": [_describe_step(step) for step in _steps(trainer)],
     }
+
+
+def describe_sweep(trainer: L.Trainer, module: SteeringSweep) -> Row:
+    """What the answers of a sweep depend on, as far as it is known before the model is loaded."""
+    return {**_describe(trainer, module, getattr(trainer, "datamodule", None)), **module.describe()}
 
 
 def describe_model(module: FeatureExtraction) -> Row:
@@ -61,6 +71,16 @@ def describe_probe(
         "answers": "target",
         "weights_hash": module.backbone.weights_hash(),
     }
+
+
+def _steps(trainer: L.Trainer) -> list[SteeringStep]:
+    """What steers this run, in order."""
+    callbacks: list[Callback] = cast(Any, trainer).callbacks
+    return [step for callback in callbacks if isinstance(callback, Steerer) for step in callback.vectors]
+
+
+def _describe_step(step: SteeringStep) -> Row:
+    return {**asdict(step), "content_hash": content_hash(load_steering_vectors(step.file).vectors)}
 
 
 def _describe(trainer: L.Trainer, module: BackboneModule, data: Any) -> Row:

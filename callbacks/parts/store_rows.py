@@ -29,6 +29,7 @@ def _sample_rows(outputs: list[Extraction], batch: Batch) -> list[Row]:
             "text": text,
             "references": list(sample.references),
             "answers": list(sample.answers),
+            "label": sample.label,
         }
         for extraction in outputs
         for sample, text in zip(batch.samples, extraction.texts, strict=True)

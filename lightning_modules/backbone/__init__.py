@@ -1,7 +1,7 @@
 """The one wrapper over any transformers vision-language model."""
 
 from .generation import Generation, Rows
-from .interventions import DirectionalAblation, Intervention, Steering
+from .interventions import Condition, Steering
 from .model import VisionLanguageModel
 from .prompts import PromptEncoder
 from .selectors import Selector
@@ -9,9 +9,8 @@ from .sites import Site
 from .token_map import Role, TokenMap
 
 __all__ = [
-    "DirectionalAblation",
+    "Condition",
     "Generation",
-    "Intervention",
     "PromptEncoder",
     "Role",
     "Rows",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,19 @@ class Rows:
     positions: list[int]
     tokens: list[str]
     states: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Prefilled:
+    """Prompts of which the model has computed all but the last position.
+
+    Attributes:
+        prompts: `input_ids` and `attention_mask` [B, T], padded on the left; without pictures, which are in the cache.
+        cache: Keys and values of the first T − 1 columns.
+    """
+
+    prompts: dict[str, Tensor]
+    cache: Any
 
 
 @dataclass

@@ -2,80 +2,104 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 from torch.utils.hooks import RemovableHandle
 
+from ...concepts import ConceptDictionary
 from .selectors import Selector
 from .sites import Site
 from .token_map import Role, TokenMap
 
+Mode = Literal["add", "project_away", "replace", "clamp"]
 
-class Intervention(ABC):
-    """Changes hidden states along a vector.
+
+@dataclass(frozen=True)
+class Condition:
+    """Steers only samples that activate a concept in the state of their last prompt position at the steered site.
 
     Attributes:
-        kind: What it is called in errors.
+        dictionary: Concepts of that site.
+        concept: Which one; without it every sample passes, and takes its own concept's vector.
+        threshold: The activation that a sample must exceed in absolute value; without it the concept must be the
+            strongest one of the sample.
+    """
+
+    dictionary: ConceptDictionary
+    concept: int | None = None
+    threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what is no condition."""
+        concepts = len(self.dictionary.dictionary)
+        if self.concept is not None and not 0 <= self.concept < concepts:
+            raise ValueError(f"`concept` must be one of 0 … {concepts - 1} of the dictionary, got {self.concept}")
+        if self.threshold is not None and (self.concept is None or not math.isfinite(self.threshold)):
+            raise ValueError("`threshold` needs the `concept` whose activation is to exceed it, and must be finite")
+
+
+@dataclass(frozen=True)
+class Steering:
+    """Changes hidden states f along a vector s: f ← f + α (f′ − f) (Representation Shift, arXiv 2501.03012, §4).
+
+    α = 0 leaves the model exactly as it is. f′ is, with d̂ = s / ‖s‖,
+
+    - `add`: f + s, so that f ← f + α s;
+    - `project_away`: f − (f·d̂) d̂: directional ablation (arXiv 2406.11717, §2.4); the length of s does not matter, and
+      a zero vector removes nothing;
+    - `replace`: s itself;
+    - `clamp`: f + (‖s‖ − f·d̂) d̂: the component along d̂ becomes the length of s.
+
+    Attributes:
         site: Name of a site of the language model.
-        vector: One vector for all samples [D], or one for each sample of the batch [B, D].
+        vector: One vector for all samples [D], or one for each sample of the batch [B, D]; with a condition also one
+            for each of its concepts [K, D], of which a sample takes that of its strongest.
+        alpha: Strength α. A list is a schedule over the answer: its first value holds for the prompt and the state
+            that predicts the first token, the second for the next state, and the last one from there on.
         positions: The positions to change: a selector, or a boolean mask over each sample's sequence without padding
             [B, L]. Padding is never changed.
+        mode: What f′ is.
+        condition: Which samples to steer; all of them by default.
     """
 
-    kind: ClassVar[str]
     site: str
     vector: Tensor
-    positions: str | Tensor
-
-    @abstractmethod
-    def changed(self, states: Tensor, vector: Tensor) -> Tensor:
-        """The states [B, T, D] as they become where they are selected; `vector` is [1, D] or [B, 1, D]."""
-
-
-@dataclass(frozen=True)
-class Steering(Intervention):
-    """Adds a vector to hidden states: f ← f + α s (Representation Shift, arXiv 2501.03012, §4).
-
-    Attributes:
-        alpha: Strength α; 0 leaves the model exactly as it is.
-    """
-
-    kind = "steering"
-    site: str
-    vector: Tensor
-    alpha: float = 1.0
+    alpha: float | Sequence[float] = 1.0
     positions: str | Tensor = "all"
+    mode: Mode = "add"
+    condition: Condition | None = None
 
-    def changed(self, states: Tensor, vector: Tensor) -> Tensor:
-        """Add α s."""
-        return states + self.alpha * vector.to(states)
+    def __post_init__(self) -> None:
+        """Refuse what could not be applied to any model."""
+        if not self.strengths or not all(map(math.isfinite, self.strengths)):
+            raise ValueError(f"`alpha` must be a finite number, or a list of at least one, got {self.alpha}")
+        if self.mode not in get_args(Mode):
+            raise ValueError(f"`mode` must be one of {', '.join(get_args(Mode))}, got {self.mode!r}")
+        if not self.vector.isfinite().all():
+            raise ValueError(f"the steering vector for {self.site!r} is not finite; make it anew")
+        if isinstance(self.positions, str) and Selector.parse(self.positions).needs_answer:
+            raise ValueError(
+                f"positions {self.positions!r} are known only after generation; give a role, a range, or a mask of "
+                "positions"
+            )
 
+    @property
+    def strengths(self) -> list[float]:
+        """The schedule of α; a single value for a constant one."""
+        return [float(self.alpha)] if isinstance(self.alpha, int | float) else [float(value) for value in self.alpha]
 
-@dataclass(frozen=True)
-class DirectionalAblation(Intervention):
-    """Removes a direction from hidden states: f ← f − (f·d̂) d̂ (directional ablation, arXiv 2406.11717, §2.4).
-
-    The length of the vector does not matter; a zero vector removes nothing.
-    """
-
-    kind = "ablation"
-    site: str
-    vector: Tensor
-    positions: str | Tensor = "all"
-
-    def changed(self, states: Tensor, vector: Tensor) -> Tensor:
-        """Subtract (f·d̂) d̂, in float32: the product of long vectors in half precision would leave much of it."""
-        direction = normalize(vector.to(states.device, torch.float32), dim=-1)
-        full = states.float()
-        return (full - (full * direction).sum(dim=-1, keepdim=True) * direction).to(states.dtype)
+    @property
+    def by_concept(self) -> bool:
+        """Whether each sample takes the vector of its own concept."""
+        return self.condition is not None and self.vector.ndim == 2
 
 
 class RunningPass:
@@ -83,15 +107,20 @@ class RunningPass:
 
     With a cache a generation calls every module first with the whole prompt and then with one column at a time; each
     hook counts the columns it has seen and so knows which ones it is shown.
+
+    Args:
+        token_map: What stands where.
+        first: Column that comes first; those before it are in the cache.
     """
 
-    def __init__(self, token_map: TokenMap) -> None:
+    def __init__(self, token_map: TokenMap, first: int = 0) -> None:
         self.token_map = token_map
+        self.first = first
         self._seen: Counter[int] = Counter()
 
     def advance(self, hook: object, columns: int) -> int:
         """First column of those that `hook` is shown now."""
-        start = self._seen[id(hook)]
+        start = self.first + self._seen[id(hook)]
         self._seen[id(hook)] += columns
         return start
 
@@ -135,79 +164,140 @@ def attach(site: Site, change: Change) -> RemovableHandle:
     return site.module.register_forward_pre_hook(before, with_kwargs=True)
 
 
-@contextmanager
-def intervening(site: Site, intervention: Intervention, current: Callable[[], RunningPass | None]) -> Iterator[None]:
-    """Apply one intervention within the context.
+class _Applied:
+    """One intervention at work on a model.
 
-    Args:
-        site: The resolved site.
-        intervention: What to change, and where.
-        current: Gives the running pass.
-
-    Raises:
-        ValueError: The site is in the vision tower, or the selector needs the finished answer.
+    What does not change from one generated token to the next is computed once a pass: steering must not be felt in the
+    time that a token takes.
     """
-    if site.positions == "patches":
-        raise ValueError(
-            f"site {site.name!r}: {intervention.kind} works on sites of the language model (projector, lm.*)"
-        )
-    mask_of = _selection(site, intervention)
-    hook = object()
 
-    def change(state: Tensor) -> Tensor:
-        running = current()
+    def __init__(self, site: Site, steering: Steering, current: Callable[[], RunningPass | None]) -> None:
+        self.site = site
+        self.steering = steering
+        self.current = current
+        self.selector = None if isinstance(steering.positions, Tensor) else Selector.parse(steering.positions)
+        if site.positions == "image" and self.selector is not None:
+            self.selector = Selector.parse("image")
+        self._pass: RunningPass | None = None
+        self._vector = steering.vector
+        self._passing: Tensor | None = None
+
+    def __call__(self, state: Tensor) -> Tensor | None:
+        """The state [B, T, D] as it becomes; nothing where it stays."""
+        running = self.current()
         if running is None:
             raise RuntimeError("a model with interventions must be run through VisionLanguageModel.generate or .read")
-        start = running.advance(hook, state.shape[1])
-        _check_shapes(site, intervention, state)
-        mask = mask_of(running.token_map, start, state.shape[1])
-        changed = intervention.changed(state, intervention.vector.unsqueeze(-2))
-        return torch.where(mask[:, :, None], changed, state)
+        if not any(self.steering.strengths):
+            return None
+        start, length = running.advance(self, state.shape[1]), state.shape[1]
+        if running is not self._pass:
+            self._begin(running, state, start)
+        mask = self._mask(running.token_map, start, length)
+        if mask is False:
+            return None
+        changed = self._changed(state, self._alpha(running.token_map, start, length, state.device))
+        if self._passing is not None:
+            mask = self._passing[:, None] if mask is True else mask & self._passing[:, None]
+        return changed if mask is True else torch.where(mask[:, :, None], changed, state)
 
-    handle = attach(site, change)
-    try:
-        yield
-    finally:
-        handle.remove()
+    def _begin(self, running: RunningPass, state: Tensor, start: int) -> None:
+        """Choose each sample's vector, and the samples that the condition lets pass."""
+        vector, condition = self.steering.vector.to(state.device, torch.float32), self.steering.condition
+        self._check_shapes(state)
+        self._passing = None
+        if condition is not None:
+            rows = torch.arange(len(state), device=state.device)
+            asked = state[rows, (running.token_map.answer_start - 1 - start).to(state.device)].float()
+            strongest = condition.dictionary.assign(asked)
+            self._passing = strongest >= 0
+            if condition.concept is not None and condition.threshold is None:
+                self._passing = strongest == condition.concept
+            elif condition.concept is not None:
+                self._passing = condition.dictionary.transform(asked)[:, condition.concept].abs() > condition.threshold
+            if self.steering.by_concept:
+                vector = vector[strongest.clamp_min(0)]
+        vector = vector.unsqueeze(-2)
+        if self.steering.mode == "add":
+            # α s in the precision of the states, rounded once.
+            vector = vector if len(self.steering.strengths) > 1 else self.steering.strengths[0] * vector
+            vector = vector.to(state.dtype)
+        self._vector = vector
+        self._pass = running
 
-
-def _selection(site: Site, intervention: Intervention) -> Callable[[TokenMap, int, int], Tensor]:
-    """What gives the mask [B, length] of the columns from `start` on that an intervention changes."""
-    positions = intervention.positions
-    if isinstance(positions, str):
-        selector = Selector.parse("image" if site.positions == "image" else positions)
-        if selector.needs_answer:
-            raise ValueError(
-                f"positions {positions!r} are known only after generation; give a role, a range, or a mask of positions"
-            )
-        return selector.mask
-
-    def mask(token_map: TokenMap, start: int, length: int) -> Tensor:
+    def _mask(self, token_map: TokenMap, start: int, length: int) -> Tensor | bool:
+        """The columns from `start` on to change [B, length]; all or none of them where that is known without a mask."""
+        if self.selector is not None:
+            if start >= token_map.roles.shape[1] and (known := self.selector.while_generating) is not None:
+                return known
+            return self.selector.mask(token_map, start, length)
         roles = token_map.window(start, length)
-        allowed = roles == Role.IMAGE if site.positions == "image" else roles != Role.PAD
-        chosen = positions.to(roles.device)
+        allowed = roles == Role.IMAGE if self.site.positions == "image" else roles != Role.PAD
+        assert isinstance(self.steering.positions, Tensor)
+        chosen = self.steering.positions.to(roles.device)
         indices = torch.arange(start, start + length, device=roles.device) - token_map.first_column[:, None]
         within = (indices >= 0) & (indices < chosen.shape[1])
         return allowed & within & chosen.gather(1, indices.clamp(0, chosen.shape[1] - 1))
 
-    return mask
+    def _alpha(self, token_map: TokenMap, start: int, length: int, device: torch.device) -> Tensor | float:
+        """α, the same everywhere or of each position [B, length, 1]."""
+        strengths = self.steering.strengths
+        if len(strengths) == 1:
+            return strengths[0]
+        columns = torch.arange(start, start + length, device=device)
+        token = columns - (token_map.answer_start[:, None].to(device) - 1)
+        return torch.tensor(strengths, device=device)[token.clamp(0, len(strengths) - 1)][:, :, None]
 
-
-def _check_shapes(site: Site, intervention: Intervention, state: Tensor) -> None:
-    samples, _, width = state.shape
-    vector, positions = intervention.vector, intervention.positions
-    if vector.shape[-1] != width:
-        raise ValueError(
-            f"{intervention.kind} vector of width {vector.shape[-1]} at {site.name!r}, where states have width "
-            f"{width}; it was made for another model"
-        )
-    given = [("vectors", vector)] if vector.ndim == 2 else []
-    given += [("masks of positions", positions)] if isinstance(positions, Tensor) else []
-    for name, rows in given:
-        if len(rows) != samples:
-            raise ValueError(
-                f"{intervention.kind} with {len(rows)} {name} for a batch of {samples} samples; give one each"
+    def _changed(self, state: Tensor, alpha: Tensor | float) -> Tensor:
+        """f + α (f′ − f), of all positions."""
+        if self.steering.mode == "add":
+            scaled = self._vector if isinstance(alpha, float) else (alpha * self._vector.float()).to(state.dtype)
+            return state + scaled
+        # In float32: the product of long vectors in half precision would leave much of a direction.
+        full = state.float()
+        if self.steering.mode == "replace":
+            return torch.lerp(full, self._vector.expand_as(full), torch.as_tensor(alpha, device=state.device)).to(
+                state.dtype
             )
+        direction = normalize(self._vector, dim=-1)
+        along = (full * direction).sum(dim=-1, keepdim=True)
+        if self.steering.mode == "clamp":
+            along = along - torch.linalg.vector_norm(self._vector, dim=-1, keepdim=True)
+        return (full - alpha * along * direction).to(state.dtype)
+
+    def _check_shapes(self, state: Tensor) -> None:
+        samples, _, width = state.shape
+        vector, positions = self.steering.vector, self.steering.positions
+        if vector.shape[-1] != width:
+            raise ValueError(
+                f"steering vector of width {vector.shape[-1]} at {self.site.name!r}, where states have width {width}; "
+                "it was made for another model"
+            )
+        given = [("vectors", vector)] if vector.ndim == 2 and not self.steering.by_concept else []
+        given += [("masks of positions", positions)] if isinstance(positions, Tensor) else []
+        for name, rows in given:
+            if len(rows) != samples:
+                raise ValueError(f"steering with {len(rows)} {name} for a batch of {samples} samples; give one each")
+
+
+@contextmanager
+def intervening(site: Site, steering: Steering, current: Callable[[], RunningPass | None]) -> Iterator[None]:
+    """Apply one intervention within the context.
+
+    Args:
+        site: The resolved site.
+        steering: What to change, and where.
+        current: Gives the running pass.
+
+    Raises:
+        ValueError: The site is in the vision tower.
+    """
+    if site.positions == "patches":
+        raise ValueError(f"site {site.name!r}: steering works on sites of the language model (projector, lm.*)")
+    handle = attach(site, _Applied(site, steering, current))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 class Capture:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -18,12 +19,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from .destinations import DESTINATION, ORIGINAL, changed_weights, exchanged, is_adapter
-from .generation import Generation
-from .interventions import Capture, Intervention, RunningPass, intervening
+from .generation import Generation, Prefilled
+from .interventions import Capture, RunningPass, Steering, intervening
 from .loading import image_token_id, load_pretrained, tensor_hash
 from .parts import lora_targets
 from .patch_grid import PatchGrid, find_patch_grid
 from .prompts import IGNORED, PromptEncoder, prompts_only, with_positions
+from .selectors import Selector
 from .sites import Site, final_norm, resolve_sites
 from .token_map import Role, TokenMap, answer_words, prompt_roles
 
@@ -264,33 +266,89 @@ class VisionLanguageModel(nn.Module):
         return list(resolve_sites(self.model, patterns, self.source).values())
 
     @contextmanager
-    def intervene(self, *interventions: Intervention) -> Iterator[None]:
-        """Apply interventions to every pass within the context; they end with it, whatever happens."""
+    def intervene(self, *interventions: Steering) -> Iterator[None]:
+        """Apply interventions to every pass within the context; they end with it, whatever happens.
+
+        Several at one site are applied in the order given.
+        """
         with ExitStack() as stack:
-            for intervention in interventions:
-                found = self.sites([intervention.site])
+            for steering in interventions:
+                found = self.sites([steering.site])
                 if len(found) != 1:
-                    raise ValueError(f"site {intervention.site!r} matches {len(found)} sites; choose one of them")
-                (site,) = found
-                stack.enter_context(intervening(site, intervention, lambda: self._pass))
+                    raise ValueError(f"site {steering.site!r} matches {len(found)} sites; choose one of them")
+                stack.enter_context(intervening(found[0], steering, lambda: self._pass))
             yield
 
-    @torch.inference_mode()
-    def generate(self, inputs: dict[str, Tensor], max_new_tokens: int, sites: Sequence[Site] = ()) -> Generation:
-        """Answer the prompts of an encoded batch greedily, and read states on the way.
+    def try_steering(self, inputs: dict[str, Tensor], interventions: Sequence[Steering], max_new_tokens: int) -> None:
+        """Apply interventions to a first batch, to learn at once what does not fit the model or its prompts.
 
         Args:
-            inputs: Encoded batch with any padding; answers in it (positions with a label) are left out.
+            inputs: Encoded batch with any padding.
+            interventions: What will be applied.
             max_new_tokens: Tokens to generate at most.
-            sites: Where to read states.
+
+        Raises:
+            ValueError: A vector does not fit its site, or a selector matches nothing in these prompts and their answers.
         """
         prompts = prompts_only(inputs, self.tokenizer.pad_token_id)
         width = prompts["input_ids"].shape[1]
+        token_map = self._map(prompts, torch.full((len(prompts["input_ids"]),), width, device=self.model.device))
+        for steering in interventions:
+            is_image = self.sites([steering.site])[0].positions == "image"
+            positions = "image" if is_image else steering.positions
+            # The last token that can be generated has no state.
+            columns = width + max_new_tokens - 1
+            if isinstance(positions, str) and not Selector.parse(positions).mask(token_map, 0, columns).any():
+                raise ValueError(
+                    f"positions {positions!r} match nothing: the prompt has {width} positions, and at most "
+                    f"{max_new_tokens - 1} follow it"
+                )
+        with self.intervene(*interventions):
+            self.generate(inputs, 1)
+
+    @torch.inference_mode()
+    def prefill(self, inputs: dict[str, Tensor]) -> Prefilled:
+        """Run over the prompts of an encoded batch but for their last position, once for several generations.
+
+        What is steered at the last position of the prompt and after it leaves the states before it as they are.
+
+        Args:
+            inputs: Encoded batch with any padding; answers in it are left out.
+        """
+        prompts = prompts_only(inputs, self.tokenizer.pad_token_id)
+        shape = prompts["input_ids"].shape
+        head = {name: value[:, :-1] if value.shape == shape else value for name, value in prompts.items()}
+        cache = self.model(**with_positions(head), use_cache=True, logits_to_keep=1).past_key_values
+        return Prefilled({name: value for name, value in prompts.items() if value.shape == shape}, cache)
+
+    @torch.inference_mode()
+    def generate(
+        self, inputs: dict[str, Tensor] | Prefilled, max_new_tokens: int, sites: Sequence[Site] = ()
+    ) -> Generation:
+        """Answer the prompts of an encoded batch greedily, and read states on the way.
+
+        Args:
+            inputs: Encoded batch with any padding; answers in it (positions with a label) are left out. Or what
+                `prefill` made of one, where no states are read and nothing is steered before the last position.
+            max_new_tokens: Tokens to generate at most.
+            sites: Where to read states.
+        """
+        cache: dict[str, Any] = {}
+        if isinstance(inputs, Prefilled):
+            assert not sites, "states of a prompt that is in the cache are gone"
+            prompts, cache = inputs.prompts, {"past_key_values": copy.deepcopy(inputs.cache)}
+        else:
+            prompts = prompts_only(inputs, self.tokenizer.pad_token_id)
+        width = prompts["input_ids"].shape[1]
         starts = torch.full((len(prompts["input_ids"]),), width, device=prompts["input_ids"].device)
         capture = Capture(sites)
-        with self._running(self._map(prompts, starts)), capture.running():
+        with self._running(self._map(prompts, starts), first=width - 1 if cache else 0), capture.running():
             sequences = self.model.generate(
-                **prompts, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=self.tokenizer.pad_token_id
+                **prompts,
+                **cache,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                pad_token_id=self.tokenizer.pad_token_id,
             )
         answers = [_until_end(row, self._end_ids()) for row in sequences[:, width:].tolist()]
         mask = torch.zeros_like(sequences)
@@ -321,6 +379,19 @@ class VisionLanguageModel(nn.Module):
         return self._finish(token_map, capture)
 
     @torch.inference_mode()
+    def logits(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Logits [B, T, tokens] of an encoded batch with any padding, steered where the model is."""
+        ids = inputs["input_ids"]
+        starts, answers = torch.full((len(ids),), ids.shape[1], device=ids.device), None
+        if "labels" in inputs:
+            starts = (inputs["labels"] != IGNORED).to(torch.uint8).argmax(dim=1)
+            answers = [[0]] * len(ids)  # there are some, and which does not matter
+        given = {name: value for name, value in inputs.items() if name != "labels"}
+        with self._running(self._map(inputs, starts, answers)):
+            logits: Tensor = self.model(**with_positions(given)).logits
+        return logits
+
+    @torch.inference_mode()
     def answer_losses(self, inputs: dict[str, Tensor]) -> list[tuple[float, int]]:
         """Loss of the given answers, steered where the model is.
 
@@ -330,11 +401,7 @@ class VisionLanguageModel(nn.Module):
         Returns:
             For each sample the summed negative log-likelihood of its answer tokens, in nats, and their number.
         """
-        labels = inputs["labels"]
-        given = {name: value for name, value in inputs.items() if name != "labels"}
-        starts = (labels != IGNORED).to(torch.uint8).argmax(dim=1)
-        with self._running(self._map(inputs, starts, [[0]] * len(labels))):
-            logits = self.model(**with_positions(given)).logits
+        labels, logits = inputs["labels"], self.logits(inputs)
         losses = nn.functional.cross_entropy(
             logits[:, :-1].float().transpose(1, 2), labels[:, 1:], ignore_index=IGNORED, reduction="none"
         )
@@ -364,8 +431,8 @@ class VisionLanguageModel(nn.Module):
             )
 
     @contextmanager
-    def _running(self, token_map: TokenMap) -> Iterator[None]:
-        self._pass = RunningPass(token_map)
+    def _running(self, token_map: TokenMap, first: int = 0) -> Iterator[None]:
+        self._pass = RunningPass(token_map, first)
         try:
             yield
         finally:

@@ -1,7 +1,8 @@
 """One language for positions, shared by extraction and steering (METHODS §1).
 
-By role, known while a model runs: `all`, `prompt`, `last_prompt`, `image`, `text`, `answer`, an index (`0`) or a range
-(`3:7`) into the sequence without padding. By what was answered, known afterwards: an index or a bound from the end
+By role, known while a model runs: `all`, `prompt`, `last_prompt`, `image`, `text`, `answer` (states that predict the
+answer's tokens: the last of the prompt and those after it), `generated` (without the last of the prompt), an index
+(`0`) or a range (`3:7`) into the sequence without padding. By what was answered, known afterwards: an index or a bound from the end
 (`-1`), `token_of_interest:dog`, `token_class:colors` (also `token_class:red,blue`, or `token_class:words.txt`, a file
 with one word a line), `answer_mean`.
 """
@@ -18,7 +19,16 @@ from torch import Tensor
 from ...datamodules.word_classes import word_class
 from .token_map import Role, TokenMap
 
-_ROLES = ("all", "prompt", "last_prompt", "image", "text", "answer")
+# Role → whether it holds for every position that comes after the prompt.
+_ROLES = {
+    "all": True,
+    "prompt": False,
+    "last_prompt": False,
+    "image": False,
+    "text": True,
+    "answer": True,
+    "generated": True,
+}
 _RANGE = re.compile(r"(-?\d+)?(:(-?\d+)?)?")
 
 
@@ -66,6 +76,16 @@ class Selector:
         return self.bounds is not None and any(bound is not None and bound < 0 for bound in self.bounds)
 
     @property
+    def while_generating(self) -> bool | None:
+        """Whether it selects each of the positions after the prompt; nothing where that depends on the sample."""
+        return _ROLES.get(self.name)
+
+    @property
+    def leaves_prompt(self) -> bool:
+        """Whether it selects nothing before the last position of the prompt, whatever the prompt."""
+        return self.name in ("last_prompt", "answer", "generated")
+
+    @property
     def is_mean(self) -> bool:
         """Whether the selected states are averaged into one."""
         return self.name == "answer_mean"
@@ -101,6 +121,8 @@ class Selector:
             case "answer":
                 # The state in column p predicts the token in column p + 1.
                 return present & (columns >= answer_start - 1)
+            case "generated":
+                return present & (columns >= answer_start)
         raise ValueError(f"selector {self.name!r} depends on the answer and cannot be applied while it is generated")
 
     def _within(self, indices: Tensor, token_map: TokenMap) -> Tensor:

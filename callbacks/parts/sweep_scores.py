@@ -1,0 +1,149 @@
+"""Scores of the runs of a sweep, each beside the unsteered run on the same samples."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ...concepts import select_direction
+from ...datamodules.sample import Sample
+from ...lightning_modules.sweep import UNSTEERED, SweepRun
+from ...metrics import (
+    Measure,
+    answer_counts,
+    bootstrap,
+    caption_measures,
+    difference,
+    mean_measure,
+    normalize_answer,
+    text_measures,
+    vqa_measures,
+    word_share_measure,
+)
+
+# What is compared between runs; the file has the rest too.
+QUALITY = {"vqa": "overall", "caption": "CIDEr"}
+# Answers whose count rose most, in the file.
+_RISES = 10
+
+
+@dataclass(frozen=True)
+class Target:
+    """What steering is to bring about.
+
+    Attributes:
+        answer: An answer, as a whole and normalised; empty for captions.
+        words: Words of which a caption is to have one; empty for answers.
+    """
+
+    answer: str = ""
+    words: frozenset[str] = frozenset()
+
+    @property
+    def task(self) -> str:
+        """`vqa` or `caption`."""
+        return "vqa" if self.answer else "caption"
+
+
+def score_sweep(
+    runs: Sequence[SweepRun], texts: Mapping[str, Mapping[str, str]], samples: Mapping[str, Sample], target: Target
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Score every run.
+
+    Args:
+        runs: The runs, the unsteered one among them.
+        texts: Run → id → text, of the same ids.
+        samples: id → sample, of at least these ids.
+        target: What steering is to bring about.
+
+    Returns:
+        One row a run: what it is, `scores` and `intervals` (95 %), `changes` from the unsteered run with their paired
+        intervals, `pareto` (whether no other steered run, nor the unsteered one, is at least as good in both target and
+        quality and better in one), and for answers `rises` and `selection` (METHODS §4). And one row a run and sample:
+        its text and values.
+    """
+    measures = {run.name: _measures(texts[run.name], texts[UNSTEERED], samples, target) for run in runs}
+    # All at once: the resamples are the same and cost more than the runs.
+    scored = bootstrap({f"{run}\n{name}": one for run, of_run in measures.items() for name, one in of_run.items()})
+    before = answer_counts(texts[UNSTEERED].values())
+    rows: list[dict[str, Any]] = []
+    for run in runs:
+        own = {name: scored[f"{run.name}\n{name}"] for name in measures[run.name]}
+        row: dict[str, Any] = {
+            **asdict(run),
+            "scores": {name: one.score for name, one in own.items()},
+            "intervals": {name: list(one.interval()) for name, one in own.items()},
+        }
+        if run.kind != "unsteered":
+            changes = {name: difference(one, scored[f"{UNSTEERED}\n{name}"]) for name, one in own.items()}
+            row["changes"] = {name: {"difference": d, "interval": list(i)} for name, (d, i) in changes.items()}
+        if target.task == "vqa":
+            row |= _answers(before, answer_counts(texts[run.name].values()))
+        rows.append(row)
+    front = _front({row["name"]: _goals(row, target) for row in rows if row["kind"] in ("unsteered", "steered")})
+    values = [value for run in runs for value in _values(run.name, texts[run.name], measures[run.name])]
+    return [{**row, "pareto": row["name"] in front} for row in rows], values
+
+
+def _measures(
+    texts: Mapping[str, str], unsteered: Mapping[str, str], samples: Mapping[str, Sample], target: Target
+) -> dict[str, Measure]:
+    ids = sorted(texts)
+    changed = [float(texts[i] != unsteered[i]) for i in ids]
+    common = {**text_measures(texts), "changed": mean_measure(changed)}
+    if target.task == "caption":
+        references = {i: list(samples[i].references) for i in ids}
+        return {
+            "target": word_share_measure(texts, target.words),
+            **caption_measures(texts, references),
+            **common,
+        }
+    rows = {
+        i: {
+            "prediction": texts[i],
+            "answers": list(samples[i].answers),
+            "answer_type": samples[i].answer_type,
+            "question_type": samples[i].question_type,
+        }
+        for i in ids
+    }
+    hits = [float(normalize_answer(texts[i]) == target.answer) for i in ids]
+    return {"target": mean_measure(hits), **vqa_measures(rows), **common}
+
+
+def _answers(before: Counter[str], after: Counter[str]) -> dict[str, Any]:
+    """Answers that rose most, and whether one of them stands out."""
+    rises = {answer: after[answer] - before[answer] for answer in after if after[answer] > before[answer]}
+    most = sorted(rises, key=lambda answer: (-rises[answer], answer))[:_RISES]
+    return {
+        "rises": {answer: rises[answer] for answer in most},
+        "selection": asdict(select_direction(before, after)),
+    }
+
+
+def _goals(row: Mapping[str, Any], target: Target) -> tuple[float, float]:
+    return row["scores"]["target"], row["scores"][QUALITY[target.task]]
+
+
+def _front(goals: Mapping[str, tuple[float, float]]) -> Collection[str]:
+    """Names of those that no other is at least equal to in both and better in one."""
+    return {
+        name
+        for name, (x, y) in goals.items()
+        if not any(a >= x and b >= y and (a, b) != (x, y) for a, b in goals.values())
+    }
+
+
+def _values(run: str, texts: Mapping[str, str], measures: Mapping[str, Measure]) -> list[dict[str, Any]]:
+    """One row a sample: its text, and its value of each measure that is a mean over all samples."""
+    means = {
+        name: measure.statistics[:, 0]
+        for name, measure in measures.items()
+        if measure.statistics.shape[1] == 2 and bool((measure.statistics[:, 1] == 1).all())
+    }
+    return [
+        {"run": run, "sample_id": i, "text": texts[i], **{name: float(of[at]) for name, of in means.items()}}
+        for at, i in enumerate(sorted(texts))
+    ]

@@ -1,0 +1,222 @@
+"""Scores a sweep of steerings: target against quality, with controls and intervals."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pyarrow as pa
+import pyarrow.parquet as pq
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info
+
+from ..datamodules.base import PictureDataModule
+from ..datamodules.files import write_json, write_whole
+from ..datamodules.sample import Batch, Sample
+from ..datamodules.word_classes import word_class
+from ..lightning_modules import SteeringSweep
+from ..metrics import normalize_answer
+from .parts.first_sample import try_on_first_sample
+from .parts.processes import gather
+from .parts.run_description import describe_sweep
+from .parts.sweep_figures import show_sweep
+from .parts.sweep_scores import QUALITY, Target, score_sweep
+
+_WORKING = "texts-{rank:05d}.jsonl"
+
+
+@dataclass
+class SweepTarget:
+    """What some of a sweep's vectors are to bring about, scored and written together.
+
+    Attributes:
+        name: Of the folder for its scores.
+        answer: This answer, counted whole after VQA normalisation.
+        words: Captions with a word of this class: `colors`, `places`, `sentiments`, a list of words, or a `.txt` file
+            with one word a line. Either this or `answer`.
+        vectors: Names of the sweep's vectors; all by default.
+    """
+
+    name: str
+    answer: str | None = None
+    words: str | list[str] | None = None
+    vectors: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what is no target."""
+        if (self.answer is None) == (self.words is None):
+            raise ValueError(f"target {self.name!r} needs either `answer` (for questions) or `words` (for captions)")
+        if self.answer is not None and not normalize_answer(self.answer):
+            raise ValueError(f"target {self.name!r}: nothing is left of {self.answer!r} after VQA normalisation")
+        if not re.fullmatch(r"[\w.-]*\w[\w.-]*", self.name):
+            raise ValueError(f"target {self.name!r}: the name of a folder, of letters, digits, dots and dashes")
+
+    def goal(self) -> Target:
+        """As it is scored."""
+        if self.answer is not None:
+            return Target(answer=normalize_answer(self.answer))
+        return Target(words=word_class(self.words or ()))
+
+
+class SweepScorer(Callback):
+    """Writes what a `SteeringSweep` answers, and scores its runs when all samples have been answered.
+
+    An interrupted sweep, started again, goes on where it stopped.
+
+    Args:
+        out: Folder. Each target has a folder in it: `sweep.json` (scores of its runs), `samples.parquet` (every text with
+            its values) and figures.
+        targets: What is to be brought about.
+        overwrite: Begin anew, whatever is there.
+    """
+
+    def __init__(self, out: str, targets: list[SweepTarget], overwrite: bool = False) -> None:
+        if not targets or len({target.name for target in targets}) < len(targets):
+            raise ValueError("SweepScorer.targets: expected at least one, with names of their own")
+        self.out = Path(out)
+        self.targets = targets
+        self.goals = {target.name: target.goal() for target in targets}
+        self.overwrite = overwrite
+        self._skipped: dict[str, str] = {}
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Check what is asked for, and leave out of the data what an interrupted sweep has done."""
+        if not isinstance(pl_module, SteeringSweep):
+            raise TypeError(f"SweepScorer scores what SteeringSweep answers, got {type(pl_module).__name__}")
+        data = getattr(trainer, "datamodule", None)
+        if not isinstance(data, PictureDataModule):
+            raise TypeError("SweepScorer needs a data module of pictures: --data CaptionDataModule or VQADataModule")
+        samples = data.samples("predict")
+        for target in self.targets:
+            _check_goal(target.name, self.goals[target.name], samples)
+            if unknown := sorted(set(target.vectors or ()) - set(pl_module.vectors)):
+                known = ", ".join(pl_module.vectors)
+                raise ValueError(f"target {target.name!r}: the sweep has no vector {unknown[0]!r}, only {known}")
+        done: set[str] = set()
+        if trainer.is_global_zero:
+            done = self._begin(describe_sweep(trainer, pl_module), {sample.sample_id for sample in samples})
+        data.exclude_ids = frozenset(trainer.strategy.broadcast(done))
+
+    def _begin(self, description: dict[str, Any], ids: set[str]) -> set[str]:
+        """Ids that need not be run again; prepares the folder."""
+        # As it will be read back.
+        description = json.loads(json.dumps(description))
+        noted = self.out / "run.json"
+        found = json.loads(noted.read_text()) if noted.is_file() else None
+        if found is not None and found != description and not self.overwrite:
+            key = next(key for key in description if found.get(key) != description[key])
+            raise ValueError(
+                f"{self.out}: holds a sweep of another run (they differ in `{key}`); choose another `out`, or set "
+                "`overwrite` to begin anew"
+            )
+        if found is None or self.overwrite:
+            for path in [*self.out.glob("texts-*.jsonl"), *self.out.glob("*/sweep.json")]:
+                path.unlink()
+            write_json(noted, description)
+            return set()
+        done = set(self._answered()) & ids
+        # Without a batch Lightning would call nothing that could score; one sample is answered again.
+        return done if done < ids else done - {min(done)}
+
+    def _answered(self) -> dict[str, dict[str, str]]:
+        """id → run → text, of all processes so far."""
+        answered = {}
+        for path in sorted(self.out.glob("texts-*.jsonl")):
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    continue  # cut off in the middle of being written: it is answered again
+                answered[row["sample_id"]] = row["texts"]
+        return answered
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Try every steering on the first sample."""
+        assert isinstance(pl_module, SteeringSweep)
+        steered = [steering for run, steering in pl_module.steerings.items() if steering and run.kind == "steered"]
+        try_on_first_sample(trainer, pl_module, [[steering] for steering in steered])
+        self._skipped = {}
+
+    def on_predict_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Write the answers of one batch, all runs of its samples at once."""
+        self._skipped |= {item.sample_id: item.reason for item in batch.skipped}
+        lines = [
+            json.dumps({"sample_id": sample_id, "texts": {run: texts[row] for run, texts in outputs.items()}}) + "\n"
+            for row, sample_id in enumerate(batch.sample_ids)
+        ]
+        with (self.out / _WORKING.format(rank=trainer.global_rank)).open("a", encoding="utf-8") as file:
+            file.write("".join(lines))
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Score all runs and write the result."""
+        assert isinstance(pl_module, SteeringSweep)
+        skipped = dict(gather(sorted(self._skipped.items())))
+        trainer.strategy.barrier()
+        if trainer.is_global_zero:
+            self._score(trainer, pl_module, skipped)
+        trainer.strategy.barrier()
+
+    def _score(self, trainer: L.Trainer, module: SteeringSweep, skipped: dict[str, str]) -> None:
+        samples = {sample.sample_id: sample for sample in trainer.datamodule.samples("predict")}  # type: ignore[attr-defined]
+        answered = {i: texts for i, texts in sorted(self._answered().items()) if i in samples}
+        if not answered:
+            raise ValueError(f"no readable picture among the samples: {'; '.join(list(skipped.values())[:1])}")
+        missing = sorted(set(samples) - set(answered) - set(skipped))
+        assert not missing, f"samples without an answer: {missing[:3]}"
+        for target in self.targets:
+            runs = [
+                run
+                for run in module.steerings
+                if run.kind == "unsteered" or target.vectors is None or run.vector in target.vectors
+            ]
+            texts = {run.name: {i: of_sample[run.name] for i, of_sample in answered.items()} for run in runs}
+            rows, values = score_sweep(runs, texts, samples, self.goals[target.name])
+            self._write(target.name, rows, values, {"samples": len(answered), "skipped": skipped}, trainer)
+
+    def _write(
+        self,
+        name: str,
+        rows: list[dict[str, Any]],
+        values: list[dict[str, Any]],
+        facts: dict[str, Any],
+        trainer: L.Trainer,
+    ) -> None:
+        goal, folder = self.goals[name], self.out / name
+        sweep = {
+            "name": name,
+            "task": goal.task,
+            "target": goal.answer or sorted(goal.words),
+            "quality": QUALITY[goal.task],
+            **facts,
+            "runs": rows,
+        }
+        write_whole(folder / "samples.parquet", lambda path: pq.write_table(pa.Table.from_pylist(values), path))
+        write_json(folder / "sweep.json", sweep)
+        show_sweep(sweep, folder, trainer.loggers)
+        best = [row for row in rows if row["pareto"] and row["kind"] == "steered"]
+        rank_zero_info(f"{folder}: {len(rows)} runs of {facts['samples']} samples, {len(best)} on the Pareto front")
+
+
+def _check_goal(name: str, goal: Target, samples: list[Sample]) -> None:
+    """Refuse a target that these data cannot have."""
+    task = "vqa" if any(sample.answers for sample in samples) else "caption"
+    if task != goal.task:
+        wanted = {"vqa": "`answer`: the data are questions", "caption": "`words`: the data are captions"}[task]
+        raise ValueError(f"target {name!r} needs {wanted}")
+    known = Counter(normalize_answer(answer) for sample in samples for answer in sample.answers)
+    if goal.answer and goal.answer not in known:
+        frequent = ", ".join(answer for answer, _ in known.most_common(5))
+        raise ValueError(f"target {name!r}: nobody answers {goal.answer!r} in these questions; frequent are {frequent}")

@@ -1,0 +1,187 @@
+"""Answers every prompt under many steerings, with one load of the model and one decoding of the data."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any, Literal
+
+from lightning.pytorch.utilities import rank_zero_warn
+
+from ..concepts import content_hash, load_steering_vectors, random_vector_like
+from ..datamodules.sample import Batch
+from .backbone import Generation, Selector, Steering
+from .backbone.generation import Prefilled
+from .backbone.interventions import Mode
+from .base import BackboneModule
+from .steering import SteeringStep
+
+Kind = Literal["unsteered", "steered", "random", "shuffled"]
+UNSTEERED = "unsteered"
+
+
+@dataclass(frozen=True)
+class SweepRun:
+    """One way to steer.
+
+    Attributes:
+        name: Unique within a sweep.
+        kind: `unsteered`; `steered`; or a control of the same length: a `random` direction, or a vector made from
+            `shuffled` labels.
+        vector: Name of the steering vector, empty for the unsteered run; so are the others.
+        site: Where.
+        alpha: Strength α.
+        positions: Which positions.
+        mode: How.
+        control: Number of the control.
+    """
+
+    name: str
+    kind: Kind
+    vector: str = ""
+    site: str = ""
+    alpha: float = 0.0
+    positions: str = ""
+    mode: Mode = "add"
+    control: int = 0
+
+
+class SteeringSweep(BackboneModule):
+    """Steers one model in many ways over the same batches: vectors × sites × positions × modes × α, and controls.
+
+    Every batch is decoded and encoded once. What all runs have in common is computed once too: where nothing is steered
+    before the last position of the prompts (`answer`, `generated`, `last_prompt`), that is the picture and the prompt.
+
+    Args:
+        model_id: Folder in the Hugging Face layout, or hub id.
+        vectors: Name → file of steering vectors.
+        alphas: Strengths. The unsteered model (α = 0) is always there.
+        positions: Selectors of positions.
+        sites: Where to steer; by default every site that a file has a vector for.
+        modes: `add`, `project_away`, `replace`, `clamp`.
+        random: Random directions of the vector's length, as controls of each steered run.
+        shuffled: Vectors made from shuffled labels, as controls of each steered run; at most as many as the file has.
+        revision: Commit or tag on the hub.
+        adapter: PEFT adapter to attach.
+        dtype: Precision of the weights: `auto` (as saved), `float32`, `bfloat16` or `float16`.
+        attention: Attention implementation: `sdpa`, `eager` or `flash_attention_2`.
+        max_new_tokens: Tokens to generate at most.
+        seed: Seed of the random directions.
+    """
+
+    def __init__(
+        self,
+        model_id: str,
+        vectors: dict[str, str],
+        alphas: list[float] = [0.5, 1.0, 2.0],  # noqa: B006 - read only, and shown in the help text
+        positions: list[str] = ["answer"],  # noqa: B006
+        sites: list[str] | None = None,
+        modes: list[Mode] = ["add"],  # noqa: B006
+        random: int = 1,
+        shuffled: int = 1,
+        revision: str | None = None,
+        adapter: str | None = None,
+        dtype: str = "auto",
+        attention: str = "sdpa",
+        max_new_tokens: int = 25,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(model_id, revision, adapter, dtype, attention, max_new_tokens)
+        given = {"vectors": vectors, "alphas": alphas, "positions": positions, "modes": modes}
+        for option, values in given.items():
+            if not values:
+                raise ValueError(f"--model.init_args.{option} needs at least one entry")
+        if not all(map(math.isfinite, alphas)) or not any(alphas):
+            raise ValueError(f"--model.init_args.alphas must be finite, and one at least not 0, got {alphas}")
+        if random < 0 or shuffled < 0:
+            raise ValueError("--model.init_args.random and .shuffled are numbers of controls, at least 0")
+        self.vectors = vectors
+        self.alphas = alphas
+        self.positions = positions
+        self.site_names = sites
+        self.modes = modes
+        self.random = random
+        self.shuffled = shuffled
+        self.seed = seed
+        # Whether a prompt in the cache serves: only where some run can use it, and the model gives the same from there.
+        leaves = [Selector.parse(selector).leaves_prompt for selector in positions]
+        self._prefills: bool | None = None if any(leaves) else False
+
+    @cached_property
+    def steerings(self) -> dict[SweepRun, Steering | None]:
+        """Every run, and what it applies.
+
+        Raises:
+            ValueError: A file is missing or damaged, or has no vector for a site.
+        """
+        runs: dict[SweepRun, Steering | None] = {SweepRun(UNSTEERED, "unsteered"): None}
+        for name, file in self.vectors.items():
+            loaded = load_steering_vectors(file)
+            for site in self.site_names or list(loaded.vectors):
+                controls = loaded.shuffled.get(site, ())[: self.shuffled]
+                if len(controls) < self.shuffled:
+                    rank_zero_warn(f"{file}: {len(controls)} vectors from shuffled labels for {site}, not {self.shuffled}")
+                for alpha, positions, mode in self._grid():
+                    steering = SteeringStep(file, alpha, positions, mode, site).load()
+                    label = f"{name} {mode} {alpha:g} at {site} {positions}"
+                    run = SweepRun(label, "steered", name, site, alpha, positions, mode)
+                    runs[run] = steering
+                    for number in range(self.random):
+                        vector = random_vector_like(steering.vector, self.seed + number)
+                        runs[_control(run, "random", number)] = replace(steering, vector=vector)
+                    for number, vector in enumerate(controls):
+                        runs[_control(run, "shuffled", number)] = replace(steering, vector=vector)
+        return runs
+
+    def _grid(self) -> list[tuple[float, str, Mode]]:
+        alphas = dict.fromkeys(alpha for alpha in self.alphas if alpha)
+        return [
+            (alpha, positions, mode)
+            for mode in dict.fromkeys(self.modes)
+            for positions in dict.fromkeys(self.positions)
+            for alpha in alphas
+        ]
+
+    def describe(self) -> dict[str, Any]:
+        """What the runs are, and hashes of what they apply: a sweep that is gone on with must have the same."""
+        hashes = {run.name: content_hash({"s": steering.vector}) for run, steering in self.steerings.items() if steering}
+        return {"adapter": self.adapter, "runs": [asdict(run) for run in self.steerings], "vectors": hashes}
+
+    def on_predict_start(self) -> None:
+        """Check the model before any data is run."""
+        self.backbone.self_check()
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, list[str]]:
+        """Answer one batch under every steering: run → B texts."""
+        if not batch.samples:
+            return {}
+        unsteered = self.backbone.generate(batch.inputs, self.max_new_tokens)
+        prefilled = self._prefill(batch, unsteered)
+        texts = {}
+        for run, steering in self.steerings.items():
+            if steering is None:
+                texts[run.name] = unsteered.texts
+                continue
+            shares = prefilled is not None and Selector.parse(run.positions).leaves_prompt
+            with self.backbone.intervene(steering):
+                inputs = prefilled if shares and prefilled is not None else batch.inputs
+                texts[run.name] = self.backbone.generate(inputs, self.max_new_tokens).texts
+        return texts
+
+    def _prefill(self, batch: Batch, unsteered: Generation) -> Prefilled | None:
+        """The batch's prompts in the cache, where that serves; seen on the first batch: answers must be the same."""
+        if self._prefills is False:
+            return None
+        prefilled = self.backbone.prefill(batch.inputs)
+        if self._prefills is None:
+            again = self.backbone.generate(prefilled, self.max_new_tokens)
+            self._prefills = again.texts == unsteered.texts
+            if not self._prefills:
+                rank_zero_warn("this model answers otherwise from a prompt in the cache; every run reads it anew")
+                return None
+        return prefilled
+
+
+def _control(run: SweepRun, kind: Kind, number: int) -> SweepRun:
+    return replace(run, name=f"{run.name}, {kind} {number}", kind=kind, control=number)
