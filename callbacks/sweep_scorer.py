@@ -69,8 +69,8 @@ class SweepScorer(Callback):
     An interrupted sweep, started again, goes on where it stopped.
 
     Args:
-        out: Folder. Each target has a folder in it: `sweep.json` (scores of its runs), `samples.parquet` (every text with
-            its values) and figures.
+        out: Folder. Each target has a folder in it: `sweep.json` (scores of its runs), `samples.parquet` (every text
+            with its values) and figures.
         targets: What is to be brought about.
         overwrite: Begin anew, whatever is there.
     """
@@ -124,7 +124,7 @@ class SweepScorer(Callback):
         return done if done < ids else done - {min(done)}
 
     def _answered(self) -> dict[str, dict[str, str]]:
-        """id → run → text, of all processes so far."""
+        """Id → run → text, of all processes so far."""
         answered = {}
         for path in sorted(self.out.glob("texts-*.jsonl")):
             for line in path.read_text(encoding="utf-8").splitlines():

@@ -1,23 +1,52 @@
-"""Scores answers while a model is validated."""
+"""Scores answers while a model is validated, tested, or read."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from ..datamodules.sample import Batch
-from ..metrics import VQAAccuracy, answer_counts
-from .scorer import Scorer
+from ..metrics import Measure, VQAAccuracy, answer_counts, learn_answer_types, normalize_answer, predicted_types
+from .scorer import Rows, Scorer, read_object
 
 
 class VQAScorer(Scorer):
     """Official VQA accuracy, overall, per answer type and per question type, and the count of each answer.
 
     Args:
-        out: JSON file to write: scores, answers, counts, skipped samples.
+        out: JSON file to write: scores with 95 % intervals, answers with their accuracy, counts, skipped samples.
+        baseline: File that a VQAScorer wrote for another run, usually the unsteered one: what has changed since then
+            is written too.
+        variant: Whose answers to score in `predict`: `original`, or the name of a destination.
+        training_annotations: Annotation file of VQAv2's training questions, from which the type of each answer is
+            learned: which types of answers the model gives to each type of question is written too.
     """
 
-    def __init__(self, out: str | None = None) -> None:
-        super().__init__(VQAAccuracy(), "vqa", out)
+    def __init__(
+        self,
+        out: str | None = None,
+        baseline: str | None = None,
+        variant: str = "original",
+        training_annotations: str | None = None,
+    ) -> None:
+        super().__init__(VQAAccuracy(), "vqa", "prediction", out, baseline, variant)
+        if training_annotations is not None and out is None:
+            raise ValueError("VQAScorer.training_annotations: set `out` too, for the types of the answers")
+        self.training_annotations = None if training_annotations is None else Path(training_annotations)
+        self._types: dict[str, str] = {}
+
+    def prepare(self) -> None:
+        """Read the baseline, and learn the type of each answer."""
+        super().prepare()
+        if self.training_annotations is not None:
+            option = "VQAScorer.training_annotations"
+            content = read_object(self.training_annotations, option, "annotations")
+            try:
+                self._types = learn_answer_types(content["annotations"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"{option}: {self.training_annotations} holds no VQAv2 annotations ({error}); is it the right file?"
+                ) from error
 
     def add(self, batch: Batch, texts: list[str]) -> None:
         """Give one batch of answers to the metric."""
@@ -30,7 +59,24 @@ class VQAScorer(Scorer):
             [sample.question_type for sample in batch.samples],
         )
 
-    def summary(self, rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        """How often each whole normalised answer was given, most frequent first."""
+    def values(self, measures: dict[str, Measure]) -> dict[str, Measure]:
+        """The accuracy of each answer."""
+        return {"accuracy": measures["overall"]}
+
+    def said(self, row: Any) -> str:
+        """The normalised answer."""
+        return normalize_answer(row["prediction"])
+
+    def summary(self, rows: Rows) -> dict[str, Any]:
+        """How often each whole normalised answer was given, most frequent first; and the types of the answers."""
         counts = answer_counts(row["prediction"] for row in rows.values())
-        return {"answers": dict(counts.most_common())}
+        summary: dict[str, Any] = {"answers": dict(counts.most_common())}
+        if self.training_annotations is not None:
+            summary["predicted_types"] = predicted_types(rows.values(), self._types)
+        return summary
+
+    def more_changes(self, before: Rows, after: Rows) -> dict[str, Any]:
+        """How often an answer was and is given, where that has changed, the biggest change first."""
+        was, now = (answer_counts(row["prediction"] for row in rows.values()) for rows in (before, after))
+        changes = {answer: [was[answer], now[answer]] for answer in was | now if was[answer] != now[answer]}
+        return {"answers": dict(sorted(changes.items(), key=lambda item: (-abs(item[1][1] - item[1][0]), item[0])))}

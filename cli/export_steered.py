@@ -18,8 +18,8 @@ def export_steered(
 ) -> None:
     """Save a model that is steered at all positions as an ordinary model directory, which any engine can serve.
 
-    The vector becomes the bias of the layer that writes to its site. The written model is loaded again and compared with
-    the steered one before it takes its place.
+    The vector becomes the bias of the layer that writes to its site. The written model is loaded again and compared
+    with the steered one before it takes its place.
 
     Args:
         model: Folder in the Hugging Face layout, or hub id.

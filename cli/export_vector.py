@@ -21,7 +21,7 @@ def export_vector(vector: str, out: str, model_hint: str = "llama") -> None:
         raise ValueError(f"--out must be a name that ends in .gguf, got {out}")
     vectors = load_steering_vectors(vector)
     vectors.save_gguf(out, model_hint)
-    print(f"{out}: {', '.join(vectors.vectors)}; llama-cli --control-vector-scaled {out}:ALPHA adds ALPHA times these")
+    print(f"{out}: {len(vectors.vectors)} vectors, for llama-cli --control-vector-scaled {out}:ALPHA")
 
 
 def run(args: Sequence[str]) -> None:

@@ -65,10 +65,10 @@ def principal_vector(target: Tensor, source: Tensor) -> Tensor:
     if len(target) != len(source) or len(target) < 2:
         raise ValueError(f"the principal vector needs at least 2 pairs, got {len(target)} and {len(source)} states")
     differences = (target - source).cpu()
-    mean = differences.mean(dim=0)
-    direction = torch.from_numpy(_first_axis(differences.numpy()))
-    component = float(direction @ mean)
-    if abs(component) <= _ROUNDING * float(differences.square().mean(dim=0).sum().sqrt()):
+    typical = float(differences.square().mean(dim=0).sum().sqrt())
+    direction = torch.from_numpy(_first_axis(differences.numpy())) if typical else torch.zeros(differences.shape[1])
+    component = float(direction @ differences.mean(dim=0))
+    if abs(component) <= _ROUNDING * typical:
         raise ValueError("target and source differ in no common direction: their differences cancel out")
     return component * direction
 
@@ -195,7 +195,8 @@ def random_vector_like(vector: Tensor, seed: int) -> Tensor:
     """
     vector = _checked(vector)
     direction = torch.randn(vector.shape, generator=torch.Generator().manual_seed(seed)).to(vector.device)
-    return normalize(direction, dim=-1) * torch.linalg.vector_norm(vector, dim=-1, keepdim=True)
+    drawn: Tensor = normalize(direction, dim=-1) * torch.linalg.vector_norm(vector, dim=-1, keepdim=True)
+    return drawn
 
 
 def vector_length(vector: Tensor) -> float:
@@ -220,10 +221,12 @@ def shuffled_vectors(
 ) -> tuple[Tensor, list[float]]:
     """Controls: what the same method makes of the same states when it is not known which are the target's.
 
-    Target and source are pooled and dealt anew, as many to each side as before. Pairs are dealt anew too: swapping
-    within pairs would only change signs of differences, and leave the principal direction as it is. A vector from
-    shuffled labels is short and would hardly steer, so each gets the length of the real one: it shall differ by its
-    direction alone.
+    Both sides are dealt anew, as many states to each as before, and to each the same share of the old target. Plain
+    shuffling would leave a little more of it on one side, and where target and source lie far apart that little is
+    most of the control: it would steer as the real vector does, or against it. Pairs are dealt anew too, of two states
+    of one old side: swapping within pairs would only change signs of differences, and leave the principal direction as
+    it is. A vector from shuffled labels is short and would hardly steer, so each gets the length of the real one: it
+    shall differ by its direction alone.
 
     Args:
         make: makes the vector, [D] or [K, D], of target and source.
@@ -239,18 +242,26 @@ def shuffled_vectors(
     Raises:
         ValueError: if shuffled labels make no vector, or one that is zero.
     """
-    pooled = torch.cat([target, source])
     generator = torch.Generator().manual_seed(seed)
     made, lengths = [], []
     for _ in range(count):
-        order = torch.randperm(len(pooled), generator=generator).to(pooled.device)
         try:
-            vector = make(pooled[order[: len(target)]], pooled[order[len(target) :]])
+            vector = make(*_dealt(target, source, generator))
             made.append(with_length(vector, length))
         except ValueError as error:
             raise ValueError(f"shuffled labels: {error}; use more states, or `shuffled: 0`") from error
         lengths.append(vector_length(vector))
     return torch.stack(made), lengths
+
+
+def _dealt(target: Tensor, source: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """New sides [N, …] and [M, …], each with the same share of the old target; what is left of a state is drawn."""
+    share = len(target) ** 2 / (len(target) + len(source))
+    stay = int(share + float(torch.rand((), generator=generator)))
+    go = len(target) - stay
+    target = target[torch.randperm(len(target), generator=generator).to(target.device)]
+    source = source[torch.randperm(len(source), generator=generator).to(source.device)]
+    return torch.cat([target[:stay], source[:go]]), torch.cat([target[stay:], source[go:]])
 
 
 def _both(target: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
@@ -300,4 +311,4 @@ def _counted(concepts: Tensor, n_concepts: int) -> Tensor:
 def _checked(vector: Tensor) -> Tensor:
     if vector.ndim not in (1, 2):
         raise ValueError(f"a steering vector must have the shape [D] or [K, D], got {list(vector.shape)}")
-    return as_rows(vector.view(-1, vector.shape[-1]), "vector").view(vector.shape)
+    return as_rows(vector.reshape(-1, vector.shape[-1]), "vector").reshape(vector.shape)

@@ -51,7 +51,7 @@ class SteeringVectors:
                 f"the shuffled controls of {site!r} must be [S, …] of its vector, got {list(controls.shape)} for "
                 f"{'no vector' if vector is None else list(vector.shape)}"
             )
-        return as_rows(controls.flatten(0, -2), f"the shuffled controls of {site}").cpu().view(controls.shape)
+        return as_rows(controls.flatten(0, -2), f"the shuffled controls of {site}").cpu().reshape(controls.shape)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write them to one safetensors file; see `save_artifact` for the errors of writing."""
@@ -71,7 +71,7 @@ def _checked(site: str, vector: Tensor) -> Tensor:
             f"the steering vector of {site!r} must have the shape [D] or [K, D] and not be empty, got "
             f"{list(vector.shape)}"
         )
-    return as_rows(vector.view(-1, vector.shape[-1]), f"the steering vector of {site}").cpu().view(vector.shape)
+    return as_rows(vector.reshape(-1, vector.shape[-1]), f"the steering vector of {site}").cpu().reshape(vector.shape)
 
 
 def load_steering_vectors(path: str | os.PathLike[str]) -> SteeringVectors:

@@ -1,7 +1,8 @@
-"""Readers of captions, questions and stored features, and the embedded Shapes data set."""
+"""Readers of captions, questions, data sets of the hub and stored features, and the embedded Shapes data set."""
 
 from .base import PictureDataModule
 from .captioning import CAPTION_PROMPT, CaptionDataModule
+from .hub import HubDataModule
 from .images import BadImageError, read_image
 from .mixture import MixtureDataModule
 from .replay import StoredFeatures
@@ -17,6 +18,7 @@ __all__ = [
     "BadImageError",
     "Batch",
     "CaptionDataModule",
+    "HubDataModule",
     "MixtureDataModule",
     "PictureDataModule",
     "Sample",

@@ -121,7 +121,9 @@ class SteeringSweep(BackboneModule):
             for site in self.site_names or list(loaded.vectors):
                 controls = loaded.shuffled.get(site, ())[: self.shuffled]
                 if len(controls) < self.shuffled:
-                    rank_zero_warn(f"{file}: {len(controls)} vectors from shuffled labels for {site}, not {self.shuffled}")
+                    rank_zero_warn(
+                        f"{file}: {len(controls)} vectors from shuffled labels for {site}, not {self.shuffled}"
+                    )
                 for alpha, positions, mode in self._grid():
                     steering = SteeringStep(file, alpha, positions, mode, site).load()
                     label = f"{name} {mode} {alpha:g} at {site} {positions}"
@@ -145,7 +147,9 @@ class SteeringSweep(BackboneModule):
 
     def describe(self) -> dict[str, Any]:
         """What the runs are, and hashes of what they apply: a sweep that is gone on with must have the same."""
-        hashes = {run.name: content_hash({"s": steering.vector}) for run, steering in self.steerings.items() if steering}
+        hashes = {
+            run.name: content_hash({"s": steering.vector}) for run, steering in self.steerings.items() if steering
+        }
         return {"adapter": self.adapter, "runs": [asdict(run) for run in self.steerings], "vectors": hashes}
 
     def on_predict_start(self) -> None:

@@ -1,5 +1,6 @@
 """Scores of captions, answers and groundings, as torchmetrics classes and as functions."""
 
+from .answer_types import learn_answer_types, predicted_types
 from .bert import BertScorer
 from .bootstrap import Measure, Scored, bootstrap, difference, mean_measure
 from .caption import CaptionScores, caption_measures, caption_scores
@@ -37,10 +38,12 @@ __all__ = [
     "concept_overlap",
     "difference",
     "java_tokenize",
+    "learn_answer_types",
     "mean_measure",
     "normalize_answer",
     "paired_bootstrap_interval",
     "paired_t_test",
+    "predicted_types",
     "ptb_tokenize",
     "published_scores",
     "score_columns",

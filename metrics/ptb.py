@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Sequence
 from functools import lru_cache
 
-from .ptb_rules import QUOTES, RULES, SYMBOLS
+from .ptb_rules import MARKS, QUOTES, RULES, SYMBOLS
 
 _ASSIMILATED = {
     "cannot": "can not",
@@ -35,7 +35,8 @@ _RESPELLED = _BRACKETS | {
     "&lt;": "<",
     "&gt;": ">",
 }
-_ENTITIES = re.compile(r"&(?:apos|quot|nbsp|mdash);")
+# These two vanish only as they are written here; "&QUOT;" comes back.
+_ENTITIES = re.compile(r"&(?:apos|quot|(?i:nbsp|mdash));")
 # Full stops, commas, dashes and quotes never come back. Longer runs of ?, ! and of five dashes do: the
 # punctuation list does not name them.
 _DROPPED = re.compile(rf"[.,:!?;'\"{QUOTES}\u0085\u0096\u0097\u00ad\u2013-\u2015\u2026]|-{{1,4}}|\.[. \u00a0]+|''|``")
@@ -49,7 +50,7 @@ _QUOTES_AS_ASCII = str.maketrans(
     }
 )
 _CUT_OFF = re.compile(r"(?:n[^a-z]t|[^a-z](?:[msd]|re|ve|ll))")
-_SYMBOL = re.compile(f"[{SYMBOLS}]")
+_SYMBOL = re.compile(f"[{SYMBOLS}{MARKS}]")
 _LINE_BREAKS = re.compile(r"[\n\r\u000b\u000c\u2028\u2029]")
 # Most of a caption is plain words between spaces; none of the rules reaches further for those.
 _PLAIN_WORD = re.compile(r"[A-Za-z]+(?=[ \n])")
@@ -155,16 +156,17 @@ def _spell(body: str, looked_ahead: bool) -> str:
     if _QUOTE_PAIR.fullmatch(body):
         pair = body.translate(_QUOTES_AS_ASCII)
         return "" if _DROPPED.fullmatch(pair) else pair
-    if body in _RESPELLED:
-        return _RESPELLED[body]
+    if body.lower() in _RESPELLED:
+        return _RESPELLED[body.lower()]
     if len(body) == 1 and not body.isalnum():
         return body if _SYMBOL.match(body) else ""
     token = body.lower()
     if token in _ASSIMILATED and not looked_ahead:
         return _ASSIMILATED[token]
     if "://" not in token and "@" not in token:
-        token = token.replace("&amp;", "&").replace("&apos;", "'")
-    if _CUT_OFF.fullmatch(token):
-        token = token.translate(_QUOTES_AS_ASCII)
+        token = token.replace("&amp;", "&")
+    cut_off = body.replace("&apos;", "'").lower()
+    if _CUT_OFF.fullmatch(cut_off):
+        token = cut_off.translate(_QUOTES_AS_ASCII)
     token = token.replace("(", "-lrb-").replace(")", "-rrb-")
     return token.replace("\u00ad", "").replace(" ", "\u00a0")

@@ -27,9 +27,9 @@ MARKS = (
 ALNUM = rf"[^\W_{NUMBER_SIGNS}{ASTRAL}]"
 LETTER = rf"(?:[^\W\d_{NUMBER_SIGNS}{ASTRAL}]|[{MARKS}])"
 LETTER_OR_DIGIT = rf"(?:{ALNUM}|[{MARKS}])"
-APOS = r"(?:['\u0092\u2019]|&apos;)"
+APOS = r"(?:['\u0092\u2019]|(?i:&apos;))"
 CURLY = r"[\u0092\u2019]"
-ANY_APOS = r"(?:['\u0092\u2019`\u0091\u2018\u201b]|&apos;)"
+ANY_APOS = r"(?:['\u0092\u2019`\u0091\u2018\u201b]|(?i:&apos;))"
 GAP = r"[ \u00a0]"
 SPACE = r"[ \t\n\u00a0\u2000-\u200a\u3000]"
 
@@ -44,7 +44,7 @@ SLASH_PART = r"[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}"
 NUMBER = r"[-+]?(?:\d*(?:[.:,\u00ad\u066b\u066c]\d+)+|\d+)"
 REDUCED = rf"(?i:{APOS}(?:[msd]|re|ve|ll))"
 NEGATION = rf"(?i:n{ANY_APOS}t)"
-EYES, NOSE, MOUTH = r"[<>]?[:;=]", r"[-o*']?", r"[()DPdpO3\\{@|\[\]]"
+EYES, NOSE, MOUTH = r"[<>]?[:;=]", r"[-o*']?", r"[()DPdpO\\{@|\[\]]"
 MARK_UP = (
     r"(?:</?[A-Za-z][\w.:-]*\s*/?>|<[!?][A-Za-z-][^>\n]*>"
     r"|<[A-Za-z][\w.:-]*(?:\s+[A-Za-z][\w.:-]*(?:\s*=\s*(?:'[^']*'|\"[^\"]*\"))?)*\s*/?>)"
@@ -113,14 +113,14 @@ RULES = (
     _rule(f"[A-HJ-XZn]{ANY_APOS}{LETTER}{{2,}}"),
     _rule(f"{LETTER}+[aeiouyAEIOUY]{ANY_APOS}[aeiouA-Z]{LETTER}*"),
     _rule(REDUCED, "[^A-Za-z]"),
-    _rule(REDUCED.replace(APOS, CURLY)),
+    _rule(REDUCED.replace("['", "[")),
     _rule(NEGATION, "[^A-Za-z]"),
     _rule(f"[yY]{APOS}", LETTER),
     _rule("'[tT]", "(?i:is|was)"),
     _rule(f"{APOS}[nN]{APOS}|{CURLY}[nN]"),
-    _rule(f"{APOS}[nN]", "[^A-Za-z0-9]"),
+    _rule(f"{APOS}[nN]", r"[ \t\n\u00a0]"),
     _rule(f"(?i:{_any(APOSTROPHE_WORDS)}|c'mon)"),
-    _rule(rf"{APOS}\d\d[sS]"),
+    _rule(rf"{APOS}[2-9]0[sS]"),
     _rule(rf"{APOS}\d\d", SPACE),
     _rule(rf"(?:(?i:{_any(ABBREVIATIONS)})|{_any(CASED_ABBREVIATIONS)})\.", r"[\s\S]{2}"),
     # Chains of words, numbers and codes.
@@ -128,7 +128,7 @@ RULES = (
     _rule(HYPHENATED),
     _rule(rf"{SLASH_PART}(?:/{SLASH_PART}){{1,2}}"),
     _rule(rf"(?:{WORD}|{THING}|{HYPHENATED})\.", r"[,;:\u3001]"),
-    _rule(r"[A-Z]+(?:(?:[+&]|&amp;)[A-Z]+)+"),
+    _rule(r"[A-Z]+(?:(?:(?i:&amp;)|[+&])[A-Z]+)+"),
     _rule(r"(?i:c\+\+|[cf]#|pro-|anti-|s&p-500|s&ls|c\.d\.s|-[lr][rcs]b-)"),
     _rule(NUMBER),
     _rule(rf"(?:\d{{1,4}}(?:-|{GAP}))?\d{{1,4}}[/\u2044]\d{{1,4}}"),
@@ -143,23 +143,23 @@ RULES = (
     _rule(rf"{ACRONYM}\.|(?i:ed|ph)\.[dD]\."),
     _rule(rf"(?i:{_any(TITLES)})\."),
     _rule(rf"(?i:{_any(NUMBERED_ABBREVIATIONS)})\.", rf"{SPACE}?\d"),
-    _rule("[A-Za-z]", rf"\.{SPACE}+(?:(?=[A-Z])(?i:{_any(SENTENCE_STARTS)}){SPACE}|{MARK_UP})"),
+    _rule("[A-Za-z]", rf"\.{SPACE}+(?:(?=[A-Z])(?i:{_any(SENTENCE_STARTS)}){SPACE}|{MARK_UP}{SPACE})"),
     # The web and its mark-up.
     _rule(rf"(?i:https?)://[^\s\"<>|(){{}}]+{URL_END}"),
-    _rule(rf"www\.(?:[^\s\"<>|.!?(){{}},]+\.)+[a-zA-Z]{{2,4}}(?:{URL_PATH})?"),
-    _rule(rf"(?:[^\s\"`'<>|!(){{}}$,-_]+\.)+(?:com|net|org|edu)(?:{URL_PATH})?"),
+    _rule(rf"(?i:www)\.(?:[^\s\"<>|.!?(){{}},]+\.)+[a-zA-Z]{{2,4}}(?:{URL_PATH})?"),
+    _rule(rf"(?:[^\s\"`'<>|!(){{}}$,-_]+\.)+(?i:com|net|org|edu)(?:{URL_PATH})?"),
     _rule(r"<?[a-zA-Z0-9][^\s\"<>|(){}]*@(?:[^\s\"<>|(){}.]+\.)*[^\s\"<>|(){}.]+>?"),
     _rule(rf"{ALNUM}+(?:\.{ALNUM}+)*\.(?i:{_any(FILE_TYPES)})", rf"(?:{SPACE}|[.?!,])"),
     _rule(r"@[A-Za-z_][A-Za-z0-9_]*"),
     _rule(rf"#{LETTER}+"),
     _rule(MARK_UP),
-    _rule(r"&(?:amp|lt|gt|quot|nbsp|mdash|#\d+);"),
+    _rule(r"&(?:(?i:amp|lt|gt|quot|nbsp|mdash)|#\d+);"),
     # Faces.
     _rule(EYES + NOSE + MOUTH, "[^A-Za-z0-9]"),
     _rule(r"[-^x=~<>']_[-^x=~<>']|\([-^x=~<>'][_.]?[-^x=~<>']\)"),
     # Punctuation.
     _rule(r"\.{3,5}|(?:\.[ \u00a0]){2,4}\."),
-    _rule(r"--+|\*+|_+|@+|#+|[?!]+|<<|>>|''|``|&apos;|(?:\\\*){1,3}"),
+    _rule(r"--+|\*+|_+|@+|#+|[?!]+|<<|>>|''|``|(?i:&apos;)|(?:\\\*){1,3}"),
     _rule(f"[{QUOTES}]{{2}}"),
     _rule(r"\S"),
 )

@@ -66,6 +66,8 @@ def test_two_processes_write_the_store_that_one_writes(cli: Run, tiny: Path, sha
         more = [
             f"--trainer.callbacks.features={tmp_path / name}",
             f"--trainer.callbacks.out={tmp_path / name}-concepts",
+            "--trainer.callbacks+=CaptionScorer",
+            f"--trainer.callbacks.out={tmp_path / name}-scores.json",
         ]
         arguments = [*extraction(tiny, root, tmp_path / name), *fitter, *more]
         if name == "two":
@@ -87,6 +89,10 @@ def test_two_processes_write_the_store_that_one_writes(cli: Run, tiny: Path, sha
     skipped = [json.loads((tmp_path / name / "skipped.json").read_text()) for name in ("two", "one")]
     assert skipped[0] == skipped[1]
     assert [row["sample_id"] for row in skipped[0]] == ["4"]
+    scores = [json.loads((tmp_path / f"{name}-scores.json").read_text()) for name in ("two", "one")]
+    assert scores[0] == scores[1]
+    assert scores[0]["samples"] == 10
+    assert list(scores[0]["skipped"]) == ["4"]
     assert concepts["two"]["words"] == concepts["one"]["words"]
     assert concepts["two"]["sizes"] == concepts["one"]["sizes"]
 

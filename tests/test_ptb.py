@@ -1,10 +1,12 @@
 """The Python tokenizer against the Java one: stored outputs, and live where there is a `java`."""
 
+import json
 import random
 import shutil
+from pathlib import Path
 
 import pytest
-from conceptshift.metrics import java_tokenize, ptb_tokenize
+from conceptshift.metrics import caption_scores, java_tokenize, ptb_tokenize
 
 # Captions of ours and what CoreNLP 3.4.1 made of them through pycocoevalcap 1.2's PTBTokenizer, each followed
 # by the caption "and", because the tokenizer looks into the next one.
@@ -68,10 +70,45 @@ JAVA_OUTPUTS = [
     ("x\u200bzero\xadwidth", "x zerowidth"),
 ]
 
+# Sentences made of hard pieces, with Java's output: `make_ptb_hard.py` writes them.
+HARD: dict[str, str] = dict(json.loads(Path(__file__).with_name("ptb_hard.json").read_text()))
+
 
 @pytest.mark.parametrize(("caption", "expected"), JAVA_OUTPUTS)
 def test_equals_stored_java_output(caption: str, expected: str) -> None:
     assert ptb_tokenize([caption]) == [expected]
+
+
+def test_equals_stored_java_output_of_hard_sentences() -> None:
+    wrong = {text: (ours, HARD[text]) for text, ours in zip(HARD, ptb_tokenize(list(HARD)), strict=True)}
+    wrong = {text: pair for text, pair in wrong.items() if pair[0] != pair[1]}
+    assert len(HARD) == 2500
+    assert len(wrong) <= 0.001 * len(HARD), list(wrong.items())[:5]
+
+
+def test_cider_of_hard_sentences_is_that_of_java(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = list(HARD)
+    predictions = {str(i): text for i, text in enumerate(texts)}
+    references = {str(i): [text, texts[i - 1]] for i, text in enumerate(texts)}
+    ours = caption_scores(predictions, references, scores=["CIDEr"])["CIDEr"]
+    stored = {"java": lambda captions: [HARD[caption] for caption in captions]}
+    monkeypatch.setattr("conceptshift.metrics.caption._TOKENIZERS", stored)
+    theirs = caption_scores(predictions, references, "java", scores=["CIDEr"])["CIDEr"]
+    assert 1 < theirs < 10
+    assert abs(ours - theirs) < 1e-3
+
+
+@pytest.mark.skipif(shutil.which("java") is None, reason="the comparison runs the Java tokenizer")
+def test_stored_output_of_hard_sentences_is_what_java_says() -> None:
+    chosen = list(HARD)[::5]
+    assert _java_alone(chosen) == [HARD[text] for text in chosen]
+
+
+def _java_alone(captions: list[str]) -> list[str]:
+    """The tokenizer looks into the next caption: a neutral one between any two makes them independent."""
+    java = java_tokenize([text for caption in captions for text in (caption, "and")])
+    assert java[1::2] == ["and"] * len(captions)
+    return java[::2]
 
 
 def test_caption_is_tokenized_on_its_own() -> None:
@@ -121,13 +158,9 @@ def test_equals_java_on_generated_captions() -> None:
         words = [pick.choice(NOUNS if pick.random() < 0.6 else ODDITIES) for _ in range(pick.randint(1, 12))]
         caption = " ".join(words) + pick.choice([".", ".", "", "!", "?", "...", " .", ".'", '."', ",", "\n"])
         captions.append(pick.choice([caption, caption, caption.title(), caption.upper(), caption.lower()]))
-    # The tokenizer looks into the next caption: a neutral one between any two makes them independent.
-    apart = [text for caption in captions for text in (caption, "and")]
-    java = java_tokenize(apart)
-    assert java[1::2] == ["and"] * len(captions)
     wrong = [
         (caption, ours, theirs)
-        for caption, ours, theirs in zip(captions, ptb_tokenize(captions), java[::2], strict=True)
+        for caption, ours, theirs in zip(captions, ptb_tokenize(captions), _java_alone(captions), strict=True)
         if ours != theirs
     ]
     assert not wrong, wrong[:5]

@@ -8,7 +8,9 @@ from conceptshift.metrics import (
     VQAAccuracy,
     answer_counts,
     bootstrap,
+    learn_answer_types,
     normalize_answer,
+    predicted_types,
     vqa_accuracy,
     vqa_measures,
     vqa_scores,
@@ -164,3 +166,33 @@ def test_same_id_with_another_answer_is_an_error() -> None:
 def test_answers_are_counted_whole() -> None:
     counts = answer_counts(["No.", "no", "snow", "not no", "Two", "2"])
     assert counts == Counter({"no": 2, "2": 2, "snow": 1, "not no": 1})
+
+
+def annotation(kind: str, *answers: str) -> dict[str, object]:
+    return {"answer_type": kind, "answers": [{"answer": answer} for answer in answers]}
+
+
+def test_an_answer_has_the_type_that_it_most_often_has() -> None:
+    types = learn_answer_types(
+        [
+            annotation("yes/no", "Yes.", "yes", "no", "maybe"),
+            annotation("other", "yes", "no", "red"),
+            annotation("number", "Two", "2", "red", "maybe"),
+        ]
+    )
+    # "no", "red" and "maybe" are tied; the fixed order is yes/no, number, other.
+    assert types == {"yes": "yes/no", "no": "yes/no", "maybe": "yes/no", "red": "number", "2": "number"}
+    rows = [
+        {"prediction": prediction, "answer_type": kind}
+        for prediction, kind in (("YES", "other"), ("two", "other"), ("a 2.", "other"), ("blue", "yes/no"))
+    ]
+    found = predicted_types(rows, types)
+    assert found == {"yes/no": {"unknown": 1}, "other": {"number": 2, "yes/no": 1}}
+    assert list(found["other"]) == ["number", "yes/no"]
+
+
+def test_answers_without_a_type_of_vqa() -> None:
+    with pytest.raises(ValueError, match="got 'color'"):
+        learn_answer_types([annotation("color", "red")])
+    with pytest.raises(ValueError, match="got 'no answer'"):
+        learn_answer_types([])

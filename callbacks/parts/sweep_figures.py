@@ -24,7 +24,19 @@ _CONTROLS = {"random": ("x", "random direction"), "shuffled": ("+", "shuffled la
 # More lines than this cannot be told apart; the rest is drawn gray.
 _COLORED = len(PALETTE)
 _HPARAMS = ("kind", "vector", "site", "alpha", "positions", "mode", "control")
-_METRICS = ("target", "overall", "yes/no", "number", "other", "CIDEr", "BLEU-4", "ROUGE-L", "length", "repetition", "changed")
+_METRICS = (
+    "target",
+    "overall",
+    "yes/no",
+    "number",
+    "other",
+    "CIDEr",
+    "BLEU-4",
+    "ROUGE-L",
+    "length",
+    "repetition",
+    "changed",
+)
 
 
 def show_sweep(sweep: Json, folder: Path, loggers: Sequence[Logger]) -> None:
@@ -69,7 +81,7 @@ def pareto_figure(sweep: Json) -> Figure:
                 axes.plot(*zip(*points, strict=True), marker, color=GRAY, markersize=5, label=label, zorder=1)
         for number, (name, rows) in enumerate(_lines(sweep).items()):
             color = PALETTE[number] if number < _COLORED else PALE
-            style = {"color": color, "marker": MARKERS[number % len(MARKERS)], "markersize": 5, "linewidth": 1}
+            style: Json = {"color": color, "marker": MARKERS[number % len(MARKERS)], "markersize": 5, "linewidth": 1}
             axes.plot(*zip(*(_point(row, quality) for row in rows), strict=True), **style, label=name, zorder=2)
         _draw_front(axes, [row for row in sweep["runs"] if row["pareto"]], quality)
         (unsteered,) = (row for row in sweep["runs"] if row["kind"] == "unsteered")
@@ -113,7 +125,9 @@ def map_figure(sweep: Json) -> Figure:
         for axes_row, (group, rows) in zip(grid, groups.items(), strict=True):
             for axes, (measure, name) in zip(axes_row, measures.items(), strict=True):
                 _draw_map(axes, rows, measure, sites, alphas)
-                axes.set_title(f"{group}\nchange of {name}" if len(groups) > 1 else f"change of {name}", parse_math=False)
+                axes.set_title(
+                    f"{group}\nchange of {name}" if len(groups) > 1 else f"change of {name}", parse_math=False
+                )
     return figure
 
 

@@ -209,10 +209,8 @@ class _Applied:
             rows = torch.arange(len(state), device=state.device)
             asked = state[rows, (running.token_map.answer_start - 1 - start).to(state.device)].float()
             strongest = condition.dictionary.assign(asked)
-            self._passing = strongest >= 0
-            if condition.concept is not None and condition.threshold is None:
-                self._passing = strongest == condition.concept
-            elif condition.concept is not None:
+            self._passing = strongest >= 0 if condition.concept is None else strongest == condition.concept
+            if condition.threshold is not None:
                 self._passing = condition.dictionary.transform(asked)[:, condition.concept].abs() > condition.threshold
             if self.steering.by_concept:
                 vector = vector[strongest.clamp_min(0)]
@@ -248,7 +246,7 @@ class _Applied:
         return torch.tensor(strengths, device=device)[token.clamp(0, len(strengths) - 1)][:, :, None]
 
     def _changed(self, state: Tensor, alpha: Tensor | float) -> Tensor:
-        """f + α (f′ − f), of all positions."""
+        """F + α (f′ − f), of all positions."""
         if self.steering.mode == "add":
             scaled = self._vector if isinstance(alpha, float) else (alpha * self._vector.float()).to(state.dtype)
             return state + scaled

@@ -288,7 +288,7 @@ class VisionLanguageModel(nn.Module):
             max_new_tokens: Tokens to generate at most.
 
         Raises:
-            ValueError: A vector does not fit its site, or a selector matches nothing in these prompts and their answers.
+            ValueError: A vector does not fit its site, or a selector matches nothing in these prompts and what follows.
         """
         prompts = prompts_only(inputs, self.tokenizer.pad_token_id)
         width = prompts["input_ids"].shape[1]

@@ -2,9 +2,9 @@
 
 By role, known while a model runs: `all`, `prompt`, `last_prompt`, `image`, `text`, `answer` (states that predict the
 answer's tokens: the last of the prompt and those after it), `generated` (without the last of the prompt), an index
-(`0`) or a range (`3:7`) into the sequence without padding. By what was answered, known afterwards: an index or a bound from the end
-(`-1`), `token_of_interest:dog`, `token_class:colors` (also `token_class:red,blue`, or `token_class:words.txt`, a file
-with one word a line), `answer_mean`.
+(`0`) or a range (`3:7`) into the sequence without padding. By what was answered, known afterwards: an index or a bound
+from the end (`-1`), `token_of_interest:dog`, `token_class:colors` (also `token_class:red,blue`, or
+`token_class:words.txt`, a file with one word a line), `answer_mean`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Saves a steered model as an ordinary one: a vector that is added everywhere is a bias of the layer that writes there."""
+"""Saves a steered model as an ordinary one: what is added everywhere is a bias of the layer that writes there."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def save_steered(backbone: VisionLanguageModel, steering: Steering, folder: Path
 
     Args:
         backbone: The model, without adapter.
-        steering: Added with one α at every position of a block (`lm.block.k`, positions `all`), or at every visual token
-            (`projector`).
+        steering: Added with one α at every position of a block (`lm.block.k`, positions `all`), or at every visual
+            token (`projector`).
         folder: Folder to write; an older one is replaced.
         inputs: Encoded prompts on which both models are compared.
 
@@ -105,8 +105,9 @@ def _with_bias(model: Any, name: str, steering: Steering) -> tuple[dict[str, Ten
         setattr(text, _BIAS_OPTION, True)
         with torch.device("meta"):
             wanted = type(model)(config).state_dict()
-        state |= {other: torch.zeros(like.shape, dtype=model.dtype) for other, like in wanted.items() if other not in state}
+        state |= {
+            other: torch.zeros(like.shape, dtype=model.dtype) for other, like in wanted.items() if other not in state
+        }
     bias = state[f"{name}.bias"]
     state[f"{name}.bias"] = (bias.float().cpu() + steering.strengths[0] * steering.vector.float().cpu()).to(bias.dtype)
     return state, config
-
