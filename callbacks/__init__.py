@@ -4,6 +4,7 @@ from .caption_scorer import CaptionScorer
 from .causal_checker import CausalChecker
 from .dictionary_fitter import DictionaryFitter
 from .feature_writer import FeatureWriter
+from .fine_vector_maker import FineVectorMaker
 from .grounding_scorer import GroundingScorer
 from .model_export import ModelExport
 from .parts.grounding import GroundingOptions
@@ -22,6 +23,7 @@ __all__ = [
     "CausalChecker",
     "DictionaryFitter",
     "FeatureWriter",
+    "FineVectorMaker",
     "GroundingOptions",
     "GroundingScorer",
     "ModelExport",

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from ..datamodules.sample import Batch
 from ..datamodules.word_classes import word_class
-from ..metrics import CaptionScores, Measure, ScoreName, check_scores, text_measures, word_share_measure
+from ..metrics import CaptionScores, Measure, ScoreName, check_scores, java_tokenize, text_measures, word_share_measure
 from .scorer import Rows, Scorer
 
 
@@ -42,6 +42,8 @@ class CaptionScorer(Scorer):
         """Read the baseline; make sure that what the scores need is installed."""
         super().prepare()
         check_scores(self.scores)
+        if self.tokenizer == "java":
+            java_tokenize([])  # an error where there is no Java
 
     def add(self, batch: Batch, texts: list[str]) -> None:
         """Give one batch of captions to the metric."""

@@ -25,7 +25,7 @@ from .parts.first_sample import try_on_first_sample
 from .parts.processes import gather
 from .parts.run_description import describe_sweep
 from .parts.sweep_figures import show_sweep
-from .parts.sweep_scores import QUALITY, Target, score_sweep
+from .parts.sweep_scores import QUALITY, Target, clear_directions, score_sweep
 
 _WORKING = "texts-{rank:05d}.jsonl"
 
@@ -39,7 +39,7 @@ class SweepTarget:
         answer: This answer, counted whole after VQA normalisation.
         words: Captions with a word of this class: `colors`, `places`, `sentiments`, a list of words, or a `.txt` file
             with one word a line. Either this or `answer`.
-        vectors: Names of the sweep's vectors; all by default.
+        vectors: Names of the sweep's vectors, one for all that a pattern stands for; all by default.
     """
 
     name: str
@@ -119,6 +119,11 @@ class SweepScorer(Callback):
                 path.unlink()
             write_json(noted, description)
             return set()
+        for path in self.out.glob("texts-*.jsonl"):
+            if not path.read_bytes().endswith(b"\n"):
+                # Cut off in the middle of a line, which the next must not continue.
+                with path.open("a") as file:
+                    file.write("\n")
         done = set(self._answered()) & ids
         # Without a batch Lightning would call nothing that could score; one sample is answered again.
         return done if done < ids else done - {min(done)}
@@ -175,12 +180,16 @@ class SweepScorer(Callback):
         if not answered:
             raise ValueError(f"no readable picture among the samples: {'; '.join(list(skipped.values())[:1])}")
         missing = sorted(set(samples) - set(answered) - set(skipped))
-        assert not missing, f"samples without an answer: {missing[:3]}"
+        if missing:
+            raise ValueError(
+                f"{self.out}: {len(missing)} samples were left out ({missing[0]}, ...); take fewer by "
+                "--data.init_args.limit, not by the Trainer, and run the same command again to go on"
+            )
         for target in self.targets:
             runs = [
                 run
                 for run in module.steerings
-                if run.kind == "unsteered" or target.vectors is None or run.vector in target.vectors
+                if run.kind == "unsteered" or target.vectors is None or run.vector.split("/")[0] in target.vectors
             ]
             texts = {run.name: {i: of_sample[run.name] for i, of_sample in answered.items()} for run in runs}
             rows, values = score_sweep(runs, texts, samples, self.goals[target.name])
@@ -202,6 +211,7 @@ class SweepScorer(Callback):
             "quality": QUALITY[goal.task],
             **facts,
             "runs": rows,
+            "selected": clear_directions(rows),
         }
         write_whole(folder / "samples.parquet", lambda path: pq.write_table(pa.Table.from_pylist(values), path))
         write_json(folder / "sweep.json", sweep)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -15,10 +15,11 @@ from ..datamodules.images import BadImageError, read_image
 from .command import run_command
 from .report_concepts import dictionary_view
 from .report_dictionaries import Fitted, comparison_view, ordered
-from .report_files import read_json
+from .report_files import read_json, read_texts
 from .report_samples import answers_view, captions_view, color_parts
-from .report_scores import facts_view, headline_view, scores_view
+from .report_scores import SCORES, facts_view, headline_view, scores_view
 from .report_shift import SHIFT, shift_view
+from .report_steering import SWEEP, Sweep, steering_view, sweep_fault
 from .report_trajectory import TRAJECTORY, trajectory_view
 from .report_values import VARIANTS, Json, Picture, duration, figures, fixed, get, interval
 
@@ -33,7 +34,7 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
 
     Reads what the folder holds of `results.json`, `samples.json`, `concepts/<name>/concepts.json` with `scores.json`
     and `causal.json` beside it, `shift/<name>/shift.json` and `trajectory.json` with their figures,
-    `captions-<variant>.json` and `answers-<variant>.json`; a section whose file is missing is left out.
+    every `sweep.json` at any depth with its texts and figures, `captions-<variant>.json` and `answers-<variant>.json`; a section whose file is missing is left out.
 
     Args:
         folder: The run folder.
@@ -43,7 +44,7 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
         The file written.
 
     Raises:
-        FileNotFoundError: The folder has neither `results.json`, nor a dictionary, nor a shift.
+        FileNotFoundError: The folder has neither `results.json`, nor a dictionary, a shift or a sweep.
         ValueError: A file is no JSON, or not what its name says, or of another dictionary than the one beside it.
     """
     view = _view(folder)
@@ -100,7 +101,8 @@ def _view(folder: Path) -> Json:
     """Everything the template shows, section by section."""
     fitted = _dictionaries(folder / "concepts")
     shifts = _shifts(folder / "shift")
-    results = _results(folder / "results.json", needed=not fitted and not shifts)
+    sweeps = _sweeps(folder)
+    results = _results(folder / "results.json", needed=not fitted and not shifts and not sweeps)
     # Where no dictionary is left, `results.json` still tells something of them.
     dictionaries = fitted or [
         Fitted(name, "", {"words": [], **summary}) for name, summary in results["concepts"].items() if summary
@@ -115,6 +117,7 @@ def _view(folder: Path) -> Json:
         "scores": scores_view(results),
         "shifts": [one.head | shift_view(one.shift, pictures) for one in shifts if one.shift],
         "trajectories": [one.head | trajectory_view(one.trajectory, pictures) for one in shifts if one.trajectory],
+        "steering": steering_view(sweeps, samples, pictures),
         "comparison": comparison_view(dictionaries),
         "dictionaries": [dictionary_view(one, small) for one in dictionaries],
         "captions": captions_view(captions, samples, pictures),
@@ -125,12 +128,12 @@ def _view(folder: Path) -> Json:
 
 def _results(path: Path, needed: bool) -> Json:
     """`results.json`, with every part there."""
-    results = read_json(path)
+    results = read_json(path, shape=SCORES)
     if results is None and needed:
         raise FileNotFoundError(
             f"{path.parent}: neither results.json nor concepts/*/concepts.json nor shift/*/shift.json or "
-            "trajectory.json in it; --folder must be one that `conceptshift demo` has finished, or in whose concepts/ "
-            "or shift/ a DictionaryFitter, ShiftMeter or ShiftMonitor wrote"
+            "trajectory.json nor a sweep.json in it; --folder must be one that `conceptshift demo` has finished, in "
+            "whose concepts/ or shift/ a DictionaryFitter, ShiftMeter or ShiftMonitor wrote, or with a sweep's results"
         )
     results = results or {}
     for key in _RESULTS_KEYS:
@@ -169,6 +172,21 @@ def _shifts(folder: Path) -> list[Shift]:
         )
         for path in sorted(found, key=lambda path: ((path / "trajectory.json").is_file(), path))
     ]
+
+
+def _sweeps(folder: Path) -> list[Sweep]:
+    """Every sweep's target below a folder."""
+    found = []
+    for path in sorted(folder.rglob("sweep.json")):
+        content = read_json(path, "runs", shape=SWEEP) or {}
+        if fault := sweep_fault(content):
+            raise ValueError(f"{path}: {fault}; run what writes it again, or remove it")
+        figures = {name: _figure(path.parent / "figures" / f"{name}.png") for name in ("pareto", "map")}
+        name = path.parent.relative_to(folder).as_posix() if path.parent != folder else folder.name
+        sweep = Sweep(name, content, figures)
+        texts = read_texts(path.with_name("samples.parquet"), [sweep.unsteered["name"], sweep.best["name"]])
+        found.append(replace(sweep, texts=texts))
+    return found
 
 
 def _figure(path: Path) -> str | None:
@@ -213,7 +231,8 @@ def report(folder: str, out: str | None = None) -> None:
     """Write a run's report: one HTML file that needs nothing else.
 
     Args:
-        folder: The run folder, with its `results.json`, dictionaries in its `concepts/`, or shifts in its `shift/`.
+        folder: The run folder, with its `results.json`, dictionaries in its `concepts/`, shifts in its `shift/`, or a
+            sweep's targets.
         out: File to write; `report.html` in the folder by default.
     """
     print(write_report(Path(folder), None if out is None else Path(out)))

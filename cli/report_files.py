@@ -1,11 +1,14 @@
-"""Reads the report's JSON files; what is not as it should be is an error of one line that names file and place."""
+"""Reads the report's files; what is not as it should be is an error of one line that names file and place."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from .report_values import Json
 
@@ -43,6 +46,30 @@ def read_json(path: Path, *keys: str, shape: Shape | None = None) -> Json | None
     if shape is not None and (found := misfit(content, shape)):
         raise ValueError(f"{path}: {found}; run what writes it again, or remove it")
     return content
+
+
+def read_texts(path: Path, runs: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Run → id → text of these runs of a sweep's `samples.parquet`, or nothing where there is no such file.
+
+    Raises:
+        ValueError: It is no such file, or lacks a run.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        table = pq.read_table(path, columns=["run", "sample_id", "text"], filters=[("run", "in", runs)])
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path}: no texts of a sweep in it ({reason}); run what writes it again, or remove it") from error
+    texts: dict[str, dict[str, str]] = {run: {} for run in runs}
+    for row in table.to_pylist():
+        texts[row["run"]][str(row["sample_id"])] = str(row["text"])
+    if missing := [run for run, of_run in texts.items() if not of_run]:
+        raise ValueError(
+            f"{path}: nothing of the run {missing[0]!r} of the sweep.json beside it; run what writes it again, or "
+            "remove it"
+        )
+    return texts
 
 
 def misfit(value: Any, shape: Shape, place: str = "") -> str:

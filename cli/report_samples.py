@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,12 +27,12 @@ def captions_view(captions: Mapping[str, Json], samples: Json, pictures: Picture
     variants = [variant for variant in VARIANTS if captions[variant]]
     if not variants:
         return None
-    ids = _ordered(captions[variants[0]])
+    ids = by_size(captions[variants[0]])
     texts = {i: {v: str(get(captions[v], i, "text") or "–") for v in variants} for i in ids}
     # How strongly they differ must not matter: steering that fails would then be shown more often than it happens.
     differing = [i for i in ids if len(set(texts[i].values())) > 1]
-    chosen = _spread(differing, _CAPTIONS)
-    chosen += _spread([i for i in ids if i not in set(differing)], _CAPTIONS - len(chosen))
+    chosen = spread(differing, _CAPTIONS)
+    chosen += spread([i for i in ids if i not in set(differing)], _CAPTIONS - len(chosen))
     items = []
     for i in chosen:
         references = get(captions[variants[0]], i, "references") or [f"picture {i}"]
@@ -57,7 +57,7 @@ class Answer:
 def answers_view(answers: Mapping[str, Json], samples: Json, pictures: Pictures) -> Json | None:
     """How many answers steering changes, by type, and some of them: yes → no first, then what stays."""
     original, steered = answers["original"], answers["steered"]
-    ids = [i for i in _ordered(original) if i in steered]
+    ids = [i for i in by_size(original) if i in steered]
     if not ids:
         return None
     pairs = {i: (_normal(original[i]), _normal(steered[i])) for i in ids}
@@ -66,7 +66,7 @@ def answers_view(answers: Mapping[str, Json], samples: Json, pictures: Pictures)
     by_type = {kind: [i for i in ids if original[i].get("answer_type") == kind] for kind in ANSWER_TYPES}
     kept = {kind: [i for i in of_type if i not in set(changed)] for kind, of_type in by_type.items()}
     others = [i for i in changed if i not in set(flips)]
-    chosen = _spread(flips, 6) + _spread(others, 2) + _spread(kept["number"], 2) + _spread(kept["other"], 2)
+    chosen = spread(flips, 6) + spread(others, 2) + spread(kept["number"], 2) + spread(kept["other"], 2)
     return {
         "items": [_answer(original[i], steered[i], get(samples, f"question/{i}"), i in changed, pictures)
                   for i in chosen],
@@ -78,7 +78,7 @@ def answers_view(answers: Mapping[str, Json], samples: Json, pictures: Pictures)
 
 
 def _answer(before: Json, after: Json, sample: Any, changed: bool, pictures: Pictures) -> Answer:
-    question = str(get(sample, "prompt") or "–").removesuffix(VQA_PROMPT).strip()
+    question = asked(sample) or "–"
     people = Counter(map(str, before.get("answers") or []))
     return Answer(
         picture=pictures(get(sample, "image"), f"picture of the question: {question}"),
@@ -91,16 +91,21 @@ def _answer(before: Json, after: Json, sample: Any, changed: bool, pictures: Pic
     )
 
 
+def asked(sample: Any) -> str:
+    """A sample's prompt, without what follows every question; empty where it is not known."""
+    return str(get(sample, "prompt") or "").removesuffix(VQA_PROMPT).strip()
+
+
 def _normal(row: Any) -> str:
     return normalize_answer(str(get(row, "prediction") or ""))
 
 
-def _ordered(predictions: Json) -> list[str]:
+def by_size(predictions: Iterable[str]) -> list[str]:
     """Ids, numbers by their size."""
     return sorted(predictions, key=lambda i: (len(i), i))
 
 
-def _spread(items: Sequence[str], count: int) -> list[str]:
+def spread(items: Sequence[str], count: int) -> list[str]:
     """So many items at equal distances: deterministic, and not all from one end."""
     count = max(0, min(count, len(items)))
     return [items[number * len(items) // count] for number in range(count)]

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .report_values import VARIANT_NAMES, VARIANTS, Json, as_number, difference, fixed, get
+from .report_files import ANY, NUMBER, PAIR, Shape
+from .report_values import VARIANT_NAMES, VARIANTS, Json, as_number, difference, fixed, get, interval, scaled, verdict
 
 
 def facts_view(
@@ -107,12 +108,17 @@ def _single(name: str, value: Any, digits: int, signed: bool = False) -> Figure 
 
 @dataclass(frozen=True)
 class Cell:
-    """A score of one variant, and how it differs from the original's."""
+    """A score of one variant, and how it differs from the original's, each with its interval.
 
-    value: float | None
-    change: float | None
-    verdict: str
-    """`better`, `worse`, `same`; `moved` where neither direction is better; empty without a difference."""
+    `verdict` is `better` or `worse`, or `moved` where neither direction is better, if the interval of the difference
+    leaves 0 out; `same` if the difference is 0 as it is written.
+    """
+
+    value: str
+    interval: str
+    change: str = ""
+    change_interval: str = ""
+    verdict: str = ""
 
 
 @dataclass(frozen=True)
@@ -120,8 +126,6 @@ class Score:
     """One row of the score table."""
 
     name: str
-    digits: int
-    unit: str
     cells: list[Cell]
 
 
@@ -143,6 +147,13 @@ _MEASURES = {
 }
 
 
+SCORES: Shape = {
+    part: {ANY: {"intervals": {ANY: PAIR}, "changes": {ANY: {"difference": NUMBER, "interval": PAIR}}}}
+    for part in _MEASURES
+}
+"""The intervals of `results.json`."""
+
+
 def scores_view(results: Json) -> list[tuple[str, list[str], list[Score]]]:
     """Title, column names and rows of each score table."""
     titles = {"captioning": "Captioning", "vqa": "Visual question answering"}
@@ -156,19 +167,29 @@ def scores_view(results: Json) -> list[tuple[str, list[str], list[Score]]]:
 
 
 def _score(table: Json, variants: Sequence[str], key: str, name: str, share: bool, digits: int, good: bool) -> Score:
-    values = [as_number(get(table, variant, key)) for variant in variants]
-    values = [None if value is None else value * (100 if share else 1) for value in values]
-    original = values[0] if variants[0] == "original" else None
-    cells = [Cell(values[0], None, "")]
-    for value in values[1:]:
-        change = difference(value, original)
-        cells.append(Cell(value, change, _verdict(change, digits, good)))
-    return Score(name, digits, "%" if share else "", cells)
+    factor, unit = (100, "\u2009%") if share else (1, "")
+    original = as_number(get(table, variants[0], key)) if variants[0] == "original" else None
+    cells = []
+    for variant in variants:
+        value = as_number(get(table, variant, key))
+        text = fixed(scaled(value, factor), digits) + (unit if value is not None else "")
+        bounds = interval(scaled(get(table, variant, "intervals", key), factor), digits)
+        before = None if variant == "original" else original
+        cells.append(Cell(text, bounds, *_compared(table[variant], key, difference(value, before), factor, digits, good)))
+    return Score(name, cells)
 
 
-def _verdict(change: float | None, digits: int, higher_is_better: bool) -> str:
-    if change is None or round(change, digits) == 0:
-        return "" if change is None else "same"
-    if not higher_is_better:
-        return "moved"
-    return "better" if change > 0 else "worse"
+def _compared(
+    row: Json, key: str, change: float | None, factor: int, digits: int, good: bool
+) -> tuple[str, str, str]:
+    """A difference as it is written, its interval, and what is to be made of it."""
+    change, bounds = scaled(change, factor), get(row, "changes", key, "interval")
+    if change is None:
+        return "", "", ""
+    told = verdict(bounds)
+    if told and not good:
+        told = "moved"
+    if round(change, digits) == 0:
+        told = "same"
+    text = "±0" if told == "same" else fixed(change, digits, signed=True)
+    return text, interval(scaled(bounds, factor), digits), told

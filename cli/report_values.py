@@ -64,6 +64,20 @@ def as_number(value: Any) -> float | None:
     return float(value) if real else None
 
 
+def verdict(bounds: Any) -> str:
+    """`better` or `worse` where the interval of a change leaves 0 out, for what should be high; empty elsewhere."""
+    if not bounds or bounds[0] <= 0 <= bounds[1]:
+        return ""
+    return "better" if bounds[0] > 0 else "worse"
+
+
+def scaled(value: Any, factor: float) -> Any:
+    """A number or both ends of an interval, so many times as large; nothing where there is none."""
+    if isinstance(value, list):
+        return [factor * end for end in value]
+    return None if value is None else factor * value
+
+
 def difference(after: float | None, before: float | None) -> float | None:
     """How much it rose, if both are known."""
     return None if after is None or before is None else after - before

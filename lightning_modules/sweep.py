@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from glob import glob
+from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch.utilities import rank_zero_warn
@@ -55,7 +57,7 @@ class SteeringSweep(BackboneModule):
 
     Args:
         model_id: Folder in the Hugging Face layout, or hub id.
-        vectors: Name → file of steering vectors.
+        vectors: Name → file of steering vectors; a name of a file with `*` in it stands for several, `<name>/<stem>`.
         alphas: Strengths. The unsteered model (α = 0) is always there.
         positions: Selectors of positions.
         sites: Where to steer; by default every site that a file has a vector for.
@@ -109,6 +111,24 @@ class SteeringSweep(BackboneModule):
         self._prefills: bool | None = None if any(leaves) else False
 
     @cached_property
+    def files(self) -> dict[str, str]:
+        """Name → file of every vector.
+
+        Raises:
+            ValueError: A pattern matches no file.
+        """
+        files: dict[str, str] = {}
+        for name, given in self.vectors.items():
+            if "*" not in given:
+                files[name] = given
+                continue
+            found = sorted(glob(given))
+            if not found:
+                raise ValueError(f"--model.init_args.vectors: no file matches {given!r}")
+            files |= {f"{name}/{Path(file).stem}": file for file in found}
+        return files
+
+    @cached_property
     def steerings(self) -> dict[SweepRun, Steering | None]:
         """Every run, and what it applies.
 
@@ -116,7 +136,7 @@ class SteeringSweep(BackboneModule):
             ValueError: A file is missing or damaged, or has no vector for a site.
         """
         runs: dict[SweepRun, Steering | None] = {SweepRun(UNSTEERED, "unsteered"): None}
-        for name, file in self.vectors.items():
+        for name, file in self.files.items():
             loaded = load_steering_vectors(file)
             for site in self.site_names or list(loaded.vectors):
                 controls = loaded.shuffled.get(site, ())[: self.shuffled]

@@ -93,7 +93,10 @@ def java_tokenize(captions: Sequence[str]) -> list[str]:
         ValueError: If there is no `java` on the PATH, or the tokenizer returned another number of lines.
     """
     if shutil.which("java") is None:
-        raise ValueError("tokenizer 'java' needs `java` on the PATH and found none: install a JRE or use 'python'")
+        raise ValueError(
+            "tokenizer 'java' needs `java` on the PATH and found none: install it (Debian: default-jre-headless) or "
+            "use 'python'"
+        )
     if not captions:
         return []
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer

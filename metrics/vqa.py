@@ -7,6 +7,7 @@ Source: https://visualqa.org/evaluation and its evaluation script; "VQA: Visual 
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from .bootstrap import Measure, mean_measure
@@ -40,6 +41,8 @@ _CONTRACTIONS = {
 _CONTRACTIONS["somebody'd"] = "somebodyd"
 
 
+# A few answers make up most of what people and models say.
+@lru_cache(maxsize=2**16)
 def normalize_answer(text: str) -> str:
     r"""Process an answer as the VQA evaluation does.
 

@@ -52,7 +52,9 @@ def test_header_commands_parse(config: Path, monkeypatch: pytest.MonkeyPatch) ->
     for command in found:
         assert command[0] in COMMANDS
         if command[0] in SUBCOMMANDS:
-            ParseOnly(subclass_mode_model=True, subclass_mode_data=True, args=command)
+            # `sweep` is a `predict` to Lightning.
+            subcommand = "predict" if command[0] == "sweep" else command[0]
+            ParseOnly(subclass_mode_model=True, subclass_mode_data=True, args=[subcommand, *command[1:]])
 
 
 def test_a_wrong_key_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

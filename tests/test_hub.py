@@ -356,6 +356,23 @@ def test_a_data_set_of_the_hub(
     assert data.describe("predict")["hash"] == "0123abc"
 
 
+def test_only_pictures_of_the_data_set_are_fetched(
+    tmp_path: Path, samples: Callable[..., list[Sample]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, message in (
+        ("train2017/1.jpg", r"somebody/colors: has no picture 'train2017/1.jpg', only its name"),
+        (
+            "hf://datasets/other/secret@main/1.jpg",
+            r"hf://datasets/other/secret@main/1.jpg is no picture of this data set",
+        ),
+        (f"zip://1.jpg::{tmp_path}/other.zip", r"other.zip is no picture of this data set"),
+    ):
+        builder = Prepared(datasets.Dataset.from_dict({"image": [name]}))
+        monkeypatch.setattr(datasets, "load_dataset_builder", Mock(return_value=builder))
+        with pytest.raises(ValueError, match=message):
+            samples("somebody/colors")
+
+
 def test_extraction_from_the_command_line(cli: Callable[..., Any], tiny: Path, tmp_path: Path, colors: Path) -> None:
     """With a broken picture and a row without one, which are left out; twice, from the same written pictures."""
     pictures = [

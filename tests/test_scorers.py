@@ -204,6 +204,8 @@ def test_scores_that_need_java_are_refused_before_the_run(validate: Run, monkeyp
     monkeypatch.setenv("PATH", "")
     error = validate(*scorer("CaptionScorer", "scores.json", measures="[CIDEr,METEOR]")).error
     assert "METEOR needs `java` on the PATH" in error
+    error = validate(*scorer("CaptionScorer", "scores.json", tokenizer="java")).error
+    assert "tokenizer 'java' needs `java` on the PATH" in error
 
 
 def test_only_the_measures_that_are_wanted(score: Run) -> None:

@@ -61,7 +61,7 @@ def score_sweep(
     Returns:
         One row a run: what it is, `scores` and `intervals` (95 %), `changes` from the unsteered run with their paired
         intervals, `pareto` (whether no other steered run, nor the unsteered one, is at least as good in both target and
-        quality and better in one), and for answers `rises` and `selection` (METHODS §4). And one row a run and sample:
+        quality and better in one), and for answers `rises` and `selection`. And one row a run and sample:
         its text and values.
     """
     measures = {run.name: _measures(texts[run.name], texts[UNSTEERED], samples, target) for run in runs}
@@ -85,6 +85,16 @@ def score_sweep(
     front = _front({row["name"]: _goals(row, target) for row in rows if row["kind"] in ("unsteered", "steered")})
     values = [value for run in runs for value in _values(run.name, texts[run.name], measures[run.name])]
     return [{**row, "pareto": row["name"] in front} for row in rows], values
+
+
+def clear_directions(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Steered runs that lead to one clear answer, the largest gap first (arXiv 2501.03012, §4); for captions there are none."""
+    found = [
+        {"run": row["name"], "target": row["selection"]["targets"][0], "gap": row["selection"]["gap"]}
+        for row in rows
+        if row["kind"] == "steered" and row.get("selection", {}).get("clear")
+    ]
+    return sorted(found, key=lambda row: (-row["gap"], row["run"]))
 
 
 def _measures(
