@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import pyarrow as pa
@@ -20,14 +20,18 @@ from ..datamodules.files import write_json, write_whole
 from ..datamodules.sample import Batch, Sample
 from ..datamodules.word_classes import word_class
 from ..lightning_modules import SteeringSweep
+from ..lightning_modules.backbone.destinations import DESTINATION
 from ..metrics import normalize_answer
 from .parts.first_sample import try_on_first_sample
 from .parts.processes import gather
 from .parts.run_description import describe_sweep
 from .parts.sweep_figures import show_sweep
 from .parts.sweep_scores import QUALITY, Target, clear_directions, score_sweep
+from .steerer import Steerer
 
 _WORKING = "texts-{rank:05d}.jsonl"
+# What the texts are of.
+_NOTE = "run.json"
 
 
 @dataclass
@@ -88,6 +92,13 @@ class SweepScorer(Callback):
         """Check what is asked for, and leave out of the data what an interrupted sweep has done."""
         if not isinstance(pl_module, SteeringSweep):
             raise TypeError(f"SweepScorer scores what SteeringSweep answers, got {type(pl_module).__name__}")
+        callbacks: list[Callback] = cast(Any, trainer).callbacks
+        for other in callbacks:
+            if other is not self and isinstance(other, Steerer | SweepScorer):
+                raise ValueError(
+                    f"SweepScorer: a {type(other).__name__} beside it would change what this one scores; leave it out "
+                    "(one SweepScorer has many targets)"
+                )
         data = getattr(trainer, "datamodule", None)
         if not isinstance(data, PictureDataModule):
             raise TypeError("SweepScorer needs a data module of pictures: --data CaptionDataModule or VQADataModule")
@@ -99,34 +110,50 @@ class SweepScorer(Callback):
                 raise ValueError(f"target {target.name!r}: the sweep has no vector {unknown[0]!r}, only {known}")
         done: set[str] = set()
         if trainer.is_global_zero:
-            done = self._begin(describe_sweep(trainer, pl_module), {sample.sample_id for sample in samples})
+            description = describe_sweep(trainer, pl_module)
+            done = self._done(description, {sample.sample_id for sample in samples}, trainer.world_size)
+        pl_module.is_kept = True
         data.exclude_ids = frozenset(trainer.strategy.broadcast(done))
 
-    def _begin(self, description: dict[str, Any], ids: set[str]) -> set[str]:
-        """Ids that need not be run again; prepares the folder."""
+    def _done(self, description: dict[str, Any], ids: set[str], processes: int) -> set[str]:
+        """Ids that need not be run again."""
+        if not self._goes_on(description):
+            return set()
+        done = set(self._answered()) & ids
+        # A process without a sample stops Lightning, or calls nothing that could score: some are answered again.
+        again = max(processes - len(ids - done), 0)
+        return done - set(sorted(done)[:again])
+
+    def _goes_on(self, description: dict[str, Any]) -> bool:
+        """Whether the folder has a sweep to go on with.
+
+        Raises:
+            ValueError: It has one of another run.
+        """
+        noted = self.out / _NOTE
+        if self.overwrite or not noted.is_file():
+            return False
+        found = json.loads(noted.read_text(encoding="utf-8"))
         # As it will be read back.
-        description = json.loads(json.dumps(description))
-        noted = self.out / "run.json"
-        found = json.loads(noted.read_text()) if noted.is_file() else None
-        if found is not None and found != description and not self.overwrite:
-            key = next(key for key in description if found.get(key) != description[key])
-            raise ValueError(
-                f"{self.out}: holds a sweep of another run (they differ in `{key}`); choose another `out`, or set "
-                "`overwrite` to begin anew"
-            )
-        if found is None or self.overwrite:
+        for key, value in json.loads(json.dumps(description)).items():
+            if found.get(key, value) != value:
+                raise ValueError(
+                    f"{self.out}: holds a sweep of another run (they differ in `{key}`); choose another `out`, or set "
+                    "`overwrite` to begin anew"
+                )
+        return True
+
+    def _begin(self, description: dict[str, Any]) -> None:
+        """Prepare the folder."""
+        if not self._goes_on(description):
             for path in [*self.out.glob("texts-*.jsonl"), *self.out.glob("*/sweep.json")]:
                 path.unlink()
-            write_json(noted, description)
-            return set()
+        write_json(self.out / _NOTE, description)
         for path in self.out.glob("texts-*.jsonl"):
             if not path.read_bytes().endswith(b"\n"):
                 # Cut off in the middle of a line, which the next must not continue.
                 with path.open("a") as file:
                     file.write("\n")
-        done = set(self._answered()) & ids
-        # Without a batch Lightning would call nothing that could score; one sample is answered again.
-        return done if done < ids else done - {min(done)}
 
     def _answered(self) -> dict[str, dict[str, str]]:
         """Id → run → text, of all processes so far."""
@@ -141,10 +168,15 @@ class SweepScorer(Callback):
         return answered
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Try every steering on the first sample."""
+        """Try every steering on the first sample, then prepare the folder."""
         assert isinstance(pl_module, SteeringSweep)
         steered = [steering for run, steering in pl_module.steerings.items() if steering and run.kind == "steered"]
         try_on_first_sample(trainer, pl_module, [[steering] for steering in steered])
+        if trainer.is_global_zero:
+            backbone = pl_module.backbone
+            hashes = {"weights_hash": backbone.weights_hash(), "adapter_hash": backbone.destination_hash(DESTINATION)}
+            self._begin({**describe_sweep(trainer, pl_module), **hashes})
+        trainer.strategy.barrier()
         self._skipped = {}
 
     def on_predict_batch_end(
@@ -189,7 +221,7 @@ class SweepScorer(Callback):
             runs = [
                 run
                 for run in module.steerings
-                if run.kind == "unsteered" or target.vectors is None or run.vector.split("/")[0] in target.vectors
+                if run.kind == "unsteered" or not target.vectors or run.vector.split("/")[0] in target.vectors
             ]
             texts = {run.name: {i: of_sample[run.name] for i, of_sample in answered.items()} for run in runs}
             rows, values = score_sweep(runs, texts, samples, self.goals[target.name])
@@ -222,6 +254,8 @@ class SweepScorer(Callback):
 
 def _check_goal(name: str, goal: Target, samples: list[Sample]) -> None:
     """Refuse a target that these data cannot have."""
+    if bare := [sample.sample_id for sample in samples if not (sample.answers or sample.references)]:
+        raise ValueError(f"target {name!r}: nobody has answered or described sample {bare[0]}; choose another split")
     task = "vqa" if any(sample.answers for sample in samples) else "caption"
     if task != goal.task:
         wanted = {"vqa": "`answer`: the data are questions", "caption": "`words`: the data are captions"}[task]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import platform
-import re
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
+
+import yaml
 
 from ..datamodules import CaptionDataModule, VQADataModule
 from ..datamodules.files import write_json
@@ -32,6 +33,9 @@ _VERSIONS = (
     "scikit-learn",
 )
 _TARGET_ANSWER = "no"
+_SCORERS = ("conceptshift.callbacks.CaptionScorer", "conceptshift.callbacks.VQAScorer")
+# Questions of each run of the sweep.
+_SWEPT = 400
 
 
 def demo(out: str = "checkpoints/demo", images: int = 4000) -> None:
@@ -46,7 +50,8 @@ def demo(out: str = "checkpoints/demo", images: int = 4000) -> None:
     job.stage("score original", job.score_original)
     job.stage("fine-tune", lambda: job.run("fit", "finetune", "monitor"))
     job.stage("extract, concepts, shift", lambda: job.run("predict", "shift"))
-    job.stage("steering vector", lambda: job.run("predict", "answer_vector"))
+    job.stage("steering vectors", lambda: job.make_vectors(images))
+    job.stage("sweeps", lambda: job.sweep(images))
     job.stage("score destination", job.score_destination)
     job.stage("score steered", job.score_steered)
     results = job.out / "results.json"
@@ -78,7 +83,7 @@ class _Demo:
         The moved copies stay in `configs/`, so that each step can be run again by hand.
 
         Args:
-            subcommand: `fit`, `predict` or `validate`.
+            subcommand: `fit`, `predict`, `sweep` or `validate`.
             configs: Names of the configurations.
             options: More options of the command line.
             answers: Name of the file that captions or answers are written to.
@@ -89,20 +94,46 @@ class _Demo:
         lightning_cli.run(given)
 
     def _moved(self, config: str, answers: str | None) -> Path:
-        text = (PACKAGE / "configs" / f"{config}.yaml").read_text()
-        # Extraction and monitor are the run itself; the other workflows get a folder each.
-        text = re.sub(
-            r"(?<![\w/])checkpoints/([a-z_]+)(?=[/,])",
-            lambda match: str(self.out if match[1] in ("shift", "monitor") else self.out / match[1]),
-            text,
-        )
-        text = re.sub(r"[^ ]*/(captions|answers)\.json", f"{self.out / (answers or config)}.json", text)
-        text = text.replace("checkpoints/shapes-llava", str(PACKAGE / "checkpoints" / "shapes-llava"))
-        text = text.replace("data/shapes", str(self.out / "data"))
+        content = self._in_run(yaml.safe_load((PACKAGE / "configs" / f"{config}.yaml").read_text()))
+        if answers is not None:
+            (scorer,) = (one for one in content["trainer"]["callbacks"] if one["class_path"] in _SCORERS)
+            scorer["init_args"]["out"] = str(self.out / f"{answers}.json")
+            if not answers.endswith("original"):
+                original = f"{answers.partition('-')[0]}-original.json"
+                scorer["init_args"]["baseline"] = str(self.out / original)
         path = self.out / "configs" / f"{answers or config}.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        path.write_text(yaml.safe_dump(content, sort_keys=False))
         return path
+
+    def _in_run(self, value: Any) -> Any:
+        """A configuration with its paths in this run's folder."""
+        if isinstance(value, dict):
+            return {name: self._in_run(part) for name, part in value.items()}
+        if isinstance(value, list):
+            return [self._in_run(part) for part in value]
+        first, *rest = Path(value).parts if isinstance(value, str) and "/" in value else ("",)
+        if first == "data":
+            return str(self.out / "data")
+        if first != "checkpoints":
+            return value
+        if rest[0] == "shapes-llava":
+            return str(PACKAGE / value)
+        # Extraction and monitor are the run itself; the other workflows get a folder each.
+        return str(self.out.joinpath(*rest[rest[0] in ("shift", "monitor") :]))
+
+    # --- steering -------------------------------------------------------------------------------------------
+
+    def make_vectors(self, images: int) -> None:
+        """Vectors between answers, and to captions of a style."""
+        self.run("predict", "answer_vectors", options=_limit(3000, images))
+        self.run("predict", "caption_vectors", options=_limit(2000, images // 2))
+
+    def sweep(self, images: int) -> None:
+        """Steer in many ways, on samples that the scores below do not have."""
+        self.run("sweep", "sweep_vqa", options=_limit(_SWEPT, images // 10))
+        self.run("sweep", "sweep_caption")
+        self.run("sweep", "sweep_back")
 
     # --- scoring --------------------------------------------------------------------------------------------
 
@@ -112,12 +143,12 @@ class _Demo:
         self.run("validate", "vqa", answers="answers-original")
 
     def score_destination(self) -> None:
-        """Captions of the destination."""
+        """Captions of the destination, beside the original's."""
         adapter = str(self.out / "finetune" / "adapter")
         self.run("validate", "caption", options=("--model.init_args.adapter", adapter), answers="captions-destination")
 
     def score_steered(self) -> None:
-        """Captions and answers of the steered original."""
+        """Captions and answers of the steered original, beside those of the unsteered one."""
         self.run("validate", "steer_caption", answers="captions-steered")
         self.run("validate", "steer_vqa", answers="answers-steered")
 
@@ -125,14 +156,13 @@ class _Demo:
 
     def write_samples(self) -> None:
         """Write what was asked about which picture, for the report."""
-        parts = {
-            "caption": CaptionDataModule(str(self.out / "data")),
-            "question": VQADataModule(str(self.out / "data")),
-        }
+        captions = CaptionDataModule(str(self.out / "data"), predict_split="restval")
+        questions = VQADataModule(str(self.out / "data"), predict_split="train2014")
         samples = {
             f"{name}/{sample.sample_id}": {"image": str(sample.image), "prompt": sample.prompt}
-            for name, data in parts.items()
-            for sample in data.read(data.splits["validate"], training=False)
+            for name, data, limit in (("caption", captions, None), ("question", questions, _SWEPT))
+            for split, most in ((data.splits["validate"], None), (data.splits["predict"], limit))
+            for sample in data.read(split, training=False)[:most]
         }
         write_json(self.out / "samples.json", samples)
 
@@ -149,15 +179,15 @@ class _Demo:
             "versions": {name: version(name) for name in _VERSIONS} | {"python": platform.python_version()},
         }
 
-    def _captions(self, name: str) -> dict[str, float]:
+    def _captions(self, name: str) -> dict[str, Any]:
         scored = _read(self.out / f"captions-{name}.json")
-        kept = {measure: scored["scores"][measure] for measure in ("CIDEr", "BLEU-4", "ROUGE-L")}
-        return {**kept, "color_share": scored["scores"]["word_share"]}
+        names = {"CIDEr": "CIDEr", "BLEU-4": "BLEU-4", "ROUGE-L": "ROUGE-L", "word_share": "color_share"}
+        return _measured(scored, names)
 
-    def _answers(self, name: str) -> dict[str, float]:
+    def _answers(self, name: str) -> dict[str, Any]:
         scored = _read(self.out / f"answers-{name}.json")
-        kept = {measure: scored["scores"][measure] for measure in ("overall", "yes/no", "number", "other")}
-        return {**kept, "target_answers": scored["answers"].get(_TARGET_ANSWER, 0)}
+        names = {measure: measure for measure in ("overall", "yes/no", "number", "other")}
+        return {**_measured(scored, names), "target_answers": scored["answers"].get(_TARGET_ANSWER, 0)}
 
     def _concepts(self, name: str) -> dict[str, Any]:
         fitted = _read(self.out / "concepts" / f"original-{name}" / "concepts.json")
@@ -170,6 +200,20 @@ class _Demo:
         }
         gain, tested = shift["means"]["delta_cosine"], shift["tests"]["magnitude"]
         return {**means, "matched_cosine_gain": gain, "shifted_concepts": tested["significant"]}
+
+
+def _limit(most: int, available: int) -> tuple[str, ...]:
+    return ("--data.init_args.limit", str(min(most, available)))
+
+
+def _measured(scored: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    """Some scores under their names in the results, with intervals, and changes from the original where there are."""
+
+    def of(measured: dict[str, Any]) -> dict[str, Any]:
+        return {name: measured[measure] for measure, name in names.items()}
+
+    measured = {**of(scored["scores"]), "intervals": of(scored["intervals"])}
+    return measured if "changes" not in scored else {**measured, "changes": of(scored["changes"]["scores"])}
 
 
 def _read(path: Path) -> dict[str, Any]:

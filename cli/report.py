@@ -34,7 +34,8 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
 
     Reads what the folder holds of `results.json`, `samples.json`, `concepts/<name>/concepts.json` with `scores.json`
     and `causal.json` beside it, `shift/<name>/shift.json` and `trajectory.json` with their figures,
-    every `sweep.json` at any depth with its texts and figures, `captions-<variant>.json` and `answers-<variant>.json`; a section whose file is missing is left out.
+    every `sweep.json` at any depth with its texts and figures, `captions-<variant>.json` and `answers-<variant>.json`;
+    a section whose file is missing is left out.
 
     Args:
         folder: The run folder.

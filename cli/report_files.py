@@ -60,7 +60,7 @@ def read_texts(path: Path, runs: Sequence[str]) -> dict[str, dict[str, str]]:
         table = pq.read_table(path, columns=["run", "sample_id", "text"], filters=[("run", "in", runs)])
     except (pa.ArrowException, OSError) as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path}: no texts of a sweep in it ({reason}); run what writes it again, or remove it") from error
+        raise ValueError(f"{path}: no texts of a sweep ({reason}); run what writes it again, or remove it") from error
     texts: dict[str, dict[str, str]] = {run: {} for run in runs}
     for row in table.to_pylist():
         texts[row["run"]][str(row["sample_id"])] = str(row["text"])

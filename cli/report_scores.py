@@ -114,7 +114,7 @@ class Cell:
     leaves 0 out; `same` if the difference is 0 as it is written.
     """
 
-    value: str
+    text: str
     interval: str
     change: str = ""
     change_interval: str = ""
@@ -168,27 +168,25 @@ def scores_view(results: Json) -> list[tuple[str, list[str], list[Score]]]:
 
 def _score(table: Json, variants: Sequence[str], key: str, name: str, share: bool, digits: int, good: bool) -> Score:
     factor, unit = (100, "\u2009%") if share else (1, "")
-    original = as_number(get(table, variants[0], key)) if variants[0] == "original" else None
+    original = as_number(get(table, "original", key))
     cells = []
     for variant in variants:
         value = as_number(get(table, variant, key))
         text = fixed(scaled(value, factor), digits) + (unit if value is not None else "")
-        bounds = interval(scaled(get(table, variant, "intervals", key), factor), digits)
-        before = None if variant == "original" else original
-        cells.append(Cell(text, bounds, *_compared(table[variant], key, difference(value, before), factor, digits, good)))
+        bounds = scaled(get(table, variant, "intervals", key), factor)
+        # Of the samples of both, where it was measured.
+        paired = get(table, variant, "changes", key) or {"difference": difference(value, original)}
+        compared = ("", "", "") if variant == "original" else _compared(paired, factor, digits, good)
+        cells.append(Cell(text, interval(bounds, digits), *compared))
     return Score(name, cells)
 
 
-def _compared(
-    row: Json, key: str, change: float | None, factor: int, digits: int, good: bool
-) -> tuple[str, str, str]:
-    """A difference as it is written, its interval, and what is to be made of it."""
-    change, bounds = scaled(change, factor), get(row, "changes", key, "interval")
+def _compared(paired: Json, factor: int, digits: int, good: bool) -> tuple[str, str, str]:
+    """A difference and its interval as they are written, and what is to be made of them."""
+    change, bounds = scaled(as_number(paired.get("difference")), factor), paired.get("interval")
     if change is None:
         return "", "", ""
-    told = verdict(bounds)
-    if told and not good:
-        told = "moved"
+    told = verdict(bounds) if good or not verdict(bounds) else "moved"
     if round(change, digits) == 0:
         told = "same"
     text = "±0" if told == "same" else fixed(change, digits, signed=True)

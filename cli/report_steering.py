@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -46,7 +46,7 @@ def sweep_fault(content: Json) -> str:
         for measure in ("target", content["quality"]):
             if as_number(run["scores"].get(measure)) is None:
                 return f"the run {run['name']!r} has no score {measure!r}"
-            if run["kind"] == "steered" and get(run, "changes", measure) is None:
+            if run["kind"] != "unsteered" and get(run, "changes", measure) is None:
                 return f"the run {run['name']!r} has no change of {measure!r}"
     return ""
 
@@ -122,6 +122,10 @@ class Sweep:
         """Whether its steered runs differ in this."""
         return len({run[key] for run in self.steered}) > 1
 
+    def how(self, run: Json) -> str:
+        """Its positions and mode, as far as steered runs differ in them."""
+        return " · ".join(run[key] for key in ("positions", "mode") if run["kind"] == "steered" and self.varies(key))
+
     def _of_kind(self, kind: str) -> list[Json]:
         return [run for run in self.content["runs"] if run["kind"] == kind]
 
@@ -135,11 +139,15 @@ def _setting(run: Json) -> tuple[str, str, str]:
 
 @dataclass(frozen=True)
 class Cell:
-    """A number as it is written, with its interval, and whether it is `better` or `worse` than unsteered."""
+    """A number as it is written, with its interval.
+
+    `verdict` is whether it is `better` or `worse` than unsteered, `note` what a control has against its run.
+    """
 
     text: str
     interval: str = ""
     verdict: str = ""
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -206,7 +214,8 @@ def _target(sweep: Sweep, samples: Json, pictures: Pictures) -> Json:
     types = [kind for kind in ANSWER_TYPES if kind in sweep.unsteered["scores"]] if sweep.asks else []
     formats = {"target": (100, 1), quality: (100, 1) if sweep.asks else (1, 3), "repetition": (100, 1),
                "length": (1, 1), **dict.fromkeys(types, (100, 1))}  # fmt: skip
-    shown = [run for run in sweep.bests if run in sorted(sweep.bests, key=sweep.goodness, reverse=True)[:_ROWS]]
+    leading = sorted(sweep.bests, key=sweep.goodness, reverse=True)[:_ROWS]
+    shown = [run for run in sweep.bests if run in leading]
     rows = [_row(sweep, run, formats) for run in (sweep.unsteered, *shown)]
     return {
         "name": sweep.name,
@@ -260,14 +269,14 @@ def _row(sweep: Sweep, run: Json, formats: _Formats) -> Row:
     return Row(
         vector=run["vector"] if steered else "unsteered",
         site=run["site"],
-        how=" · ".join(run[key] for key in ("positions", "mode") if sweep.varies(key)) if steered else "",
+        how=sweep.how(run),
         alpha=_alpha(run) if steered else "",
         pareto=bool(run.get("pareto")),
         kept=sweep.keeps(run),
         best=run is sweep.best,
         scores={key: _score(run, key, *how) for key, how in formats.items()},
         changes={key: _change(run, key, *how) for key, how in formats.items() if get(run, "changes", key)},
-        controls={kind: _shares(runs) for kind, runs in controls.items() if runs},
+        controls={kind: _shares(run, runs) for kind, runs in controls.items() if runs},
         rises=", ".join(f"{answer or _NOTHING} +{fixed(rise, 0)}" for answer, rise in rises[:_RISES]),
         clear=_clear_targets(run),
     )
@@ -288,12 +297,15 @@ def _change(run: Json, key: str, factor: int, digits: int) -> Cell:
     return Cell(fixed(value, digits, signed=True), interval(bounds, digits), verdict(bounds))
 
 
-def _shares(controls: Sequence[Json]) -> Cell:
+def _shares(run: Json, controls: Sequence[Json]) -> Cell:
     """The target share of a control with its interval, or the mean of several with the lowest and highest."""
+    told = _told(max(controls, key=lambda one: one["scores"]["target"]), run, "target")
+    note = "" if told == "lower" else told
     if len(controls) == 1:
-        return _score(controls[0], "target", 100, 1)
-    shares = [100 * run["scores"]["target"] for run in controls]
-    return Cell(fixed(sum(shares) / len(shares)), f"{fixed(min(shares))}–{fixed(max(shares))}, {len(shares)} draws")
+        return replace(_score(controls[0], "target", 100, 1), note=note)
+    shares = [100 * one["scores"]["target"] for one in controls]
+    ends = f"{fixed(min(shares))}–{fixed(max(shares))}, {len(shares)} draws"
+    return Cell(fixed(sum(shares) / len(shares)), ends, note=note)
 
 
 # --- vectors against each other ---------------------------------------------------------------------------
@@ -313,8 +325,9 @@ def _comparison(sweep: Sweep, runs: Sequence[Json]) -> list[str]:
         if other is not best:
             told = (_told(best, other, "target"), _told(best, other, sweep.quality))
             others.setdefault(told, []).append(_named(other))
+    place = ", ".join(filter(None, (best["site"], sweep.how(best))))
     return [
-        f"At {best['site']}, {_named(best)} against {', '.join(names)}: target share {share}, quality {quality}."
+        f"At {place}, {_named(best)} against {', '.join(names)}: target share {share}, quality {quality}."
         for (share, quality), names in others.items()
     ]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 
 from ..concepts import content_hash, load_steering_vectors, random_vector_like
 from ..datamodules.sample import Batch
@@ -58,6 +59,7 @@ class SteeringSweep(BackboneModule):
     Args:
         model_id: Folder in the Hugging Face layout, or hub id.
         vectors: Name → file of steering vectors; a name of a file with `*` in it stands for several, `<name>/<stem>`.
+            Names have no `/`.
         alphas: Strengths. The unsteered model (α = 0) is always there.
         positions: Selectors of positions.
         sites: Where to steer; by default every site that a file has a vector for.
@@ -96,6 +98,8 @@ class SteeringSweep(BackboneModule):
                 raise ValueError(f"--model.init_args.{option} needs at least one entry")
         if not all(map(math.isfinite, alphas)) or not any(alphas):
             raise ValueError(f"--model.init_args.alphas must be finite, and one at least not 0, got {alphas}")
+        if odd := [name for name in vectors if "/" in name]:
+            raise ValueError(f"--model.init_args.vectors: {odd[0]!r} has a `/`, which only files of a pattern have")
         if random < 0 or shuffled < 0:
             raise ValueError("--model.init_args.random and .shuffled are numbers of controls, at least 0")
         self.vectors = vectors
@@ -106,6 +110,8 @@ class SteeringSweep(BackboneModule):
         self.random = random
         self.shuffled = shuffled
         self.seed = seed
+        # A SweepScorer says so in its `setup`, which comes before the module's.
+        self.is_kept = False
         # Whether a prompt in the cache serves: only where some run can use it, and the model gives the same from there.
         leaves = [Selector.parse(selector).leaves_prompt for selector in positions]
         self._prefills: bool | None = None if any(leaves) else False
@@ -115,7 +121,7 @@ class SteeringSweep(BackboneModule):
         """Name → file of every vector.
 
         Raises:
-            ValueError: A pattern matches no file.
+            ValueError: A pattern matches no file, or two of one name.
         """
         files: dict[str, str] = {}
         for name, given in self.vectors.items():
@@ -125,7 +131,12 @@ class SteeringSweep(BackboneModule):
             found = sorted(glob(given))
             if not found:
                 raise ValueError(f"--model.init_args.vectors: no file matches {given!r}")
-            files |= {f"{name}/{Path(file).stem}": file for file in found}
+            several = {f"{name}/{Path(file).stem}": file for file in found}
+            if len(several) < len(found):
+                raise ValueError(
+                    f"--model.init_args.vectors: {given!r} matches files of the same name; list them one by one"
+                )
+            files |= several
         return files
 
     @cached_property
@@ -146,7 +157,7 @@ class SteeringSweep(BackboneModule):
                     )
                 for alpha, positions, mode in self._grid():
                     steering = SteeringStep(file, alpha, positions, mode, site).load()
-                    label = f"{name} {mode} {alpha:g} at {site} {positions}"
+                    label = f"{name} {mode} {alpha:.15g} at {site} {positions}"
                     run = SweepRun(label, "steered", name, site, alpha, positions, mode)
                     runs[run] = steering
                     for number in range(self.random):
@@ -167,10 +178,17 @@ class SteeringSweep(BackboneModule):
 
     def describe(self) -> dict[str, Any]:
         """What the runs are, and hashes of what they apply: a sweep that is gone on with must have the same."""
-        hashes = {
-            run.name: content_hash({"s": steering.vector}) for run, steering in self.steerings.items() if steering
-        }
+        hashes = {run.name: content_hash(_tensors(steering)) for run, steering in self.steerings.items() if steering}
         return {"adapter": self.adapter, "runs": [asdict(run) for run in self.steerings], "vectors": hashes}
+
+    def setup(self, stage: str) -> None:
+        """Refuse a run of which nothing would be left.
+
+        Raises:
+            ValueError: There is no SweepScorer, and the texts are not returned either.
+        """
+        if not self.is_kept and not self.trainer.predict_loop.return_predictions:
+            raise ValueError("SteeringSweep: what it answers would be lost; add --trainer.callbacks+=SweepScorer")
 
     def on_predict_start(self) -> None:
         """Check the model before any data is run."""
@@ -187,11 +205,15 @@ class SteeringSweep(BackboneModule):
             if steering is None:
                 texts[run.name] = unsteered.texts
                 continue
-            shares = prefilled is not None and Selector.parse(run.positions).leaves_prompt
+            inputs = prefilled if prefilled is not None and self._leaves_prompt(run) else batch.inputs
             with self.backbone.intervene(steering):
-                inputs = prefilled if shares and prefilled is not None else batch.inputs
                 texts[run.name] = self.backbone.generate(inputs, self.max_new_tokens).texts
         return texts
+
+    def _leaves_prompt(self, run: SweepRun) -> bool:
+        """Whether nothing is steered before the last position of the prompts; visual tokens always stand there."""
+        (site,) = self.backbone.sites([run.site])
+        return site.positions == "sequence" and Selector.parse(run.positions).leaves_prompt
 
     def _prefill(self, batch: Batch, unsteered: Generation) -> Prefilled | None:
         """The batch's prompts in the cache, where that serves; seen on the first batch: answers must be the same."""
@@ -205,6 +227,12 @@ class SteeringSweep(BackboneModule):
                 rank_zero_warn("this model answers otherwise from a prompt in the cache; every run reads it anew")
                 return None
         return prefilled
+
+
+def _tensors(steering: Steering) -> dict[str, Tensor]:
+    """The vector, and the concepts that say which samples it is for."""
+    condition = steering.condition
+    return {"s": steering.vector} | ({} if condition is None else {"U": condition.dictionary.dictionary})
 
 
 def _control(run: SweepRun, kind: Kind, number: int) -> SweepRun:

@@ -13,7 +13,7 @@ from conceptshift.concepts import load_dictionary, load_shift, load_steering_vec
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 CAPTIONING = {"CIDEr", "BLEU-4", "ROUGE-L", "color_share"}
-VQA = {"overall", "yes/no", "number", "other", "target_answers"}
+VQA = {"overall", "yes/no", "number", "other"}
 
 
 @pytest.fixture(scope="module")
@@ -39,12 +39,19 @@ def _numbers(value: Any) -> list[float]:
 
 
 def test_results_have_the_promised_form(results: dict[str, Any]) -> None:
-    assert {name: set(scores) for name, scores in results["captioning"].items()} == {
-        "original": CAPTIONING,
-        "destination": CAPTIONING,
-        "steered": CAPTIONING,
-    }
-    assert {name: set(scores) for name, scores in results["vqa"].items()} == {"original": VQA, "steered": VQA}
+    for task, measures, more in (("captioning", CAPTIONING, set()), ("vqa", VQA, {"target_answers"})):
+        variants = {"original", "steered"} | ({"destination"} if task == "captioning" else set())
+        assert set(results[task]) == variants
+        for name, scores in results[task].items():
+            compared = set() if name == "original" else {"changes"}
+            assert set(scores) == measures | more | {"intervals"} | compared
+            assert set(scores["intervals"]) == measures
+            for measure in measures:
+                low, high = scores["intervals"][measure]
+                assert low <= scores[measure] <= high
+                if compared:
+                    change = scores["changes"][measure]["difference"]
+                    assert change == pytest.approx(scores[measure] - results[task]["original"][measure])
     assert set(results["concepts"]) == {"semi_nmf", "kmeans"}
     for fitted in results["concepts"].values():
         assert set(fitted) == {"k", "explained_variance", "overlap", "words"}
@@ -73,10 +80,24 @@ def test_artifacts_load(folder: Path) -> None:
     dictionary = load_dictionary(folder / "concepts/original-kmeans/dictionary.safetensors")
     shift, metadata = load_shift(folder / "shift/kmeans/shift.safetensors")
     assert shift.vectors.shape == dictionary.dictionary.shape
-    (site, vector), *others = load_steering_vectors(folder / "answer_vector/vector.safetensors").vectors.items()
-    assert vector.shape == dictionary.dictionary.shape[1:]
-    assert not others
-    assert site == metadata["site"] == "lm.block.5"
+    vectors = load_steering_vectors(folder / "answer_vectors/yes-no.safetensors").vectors
+    assert {vector.shape for vector in vectors.values()} == {dictionary.dictionary.shape[1:]}
+    assert list(vectors) == [f"lm.block.{block}" for block in range(6)]
+    assert metadata["site"] in vectors
+
+
+def test_sweeps_have_every_run_beside_its_controls(folder: Path) -> None:
+    """Answers of all three types and three styles of captions: steering brings the target about, controls do not."""
+    for name in ("vqa/no", "vqa/two", "vqa/blue", "caption/colors", "caption/sentiments", "back/places"):
+        sweep = json.loads((folder / f"sweep_{name}" / "sweep.json").read_text())
+        kinds = [run["kind"] for run in sweep["runs"]]
+        assert kinds.count("unsteered") == 1
+        assert kinds.count("steered") == kinds.count("random") == kinds.count("shuffled") > 2
+        best = max(sweep["runs"], key=lambda run: run["scores"]["target"] if run["kind"] == "steered" else 0)
+        change = best["changes"]["target"]
+        assert change["difference"] > 0, name
+        random = [run for run in sweep["runs"] if run["name"] == f"{best['name']}, random 0"]
+        assert [change["difference"] > run["changes"]["target"]["difference"] for run in random] == [True]
 
 
 def test_tensorboard_shows_losses_scores_concepts_and_their_shift(folder: Path) -> None:

@@ -160,13 +160,43 @@ def test_numbers_of_the_results(folder: Path) -> None:
     assert "captions with a color word 12.5 % → 98.4 %" in page.text
     assert "recovery 31.0 % → 64.5 %" in page.text
     assert "answers “no” 210 → 333" in page.text
-    assert "CIDEr 1.234 1.034 ▼ −0.200 (worse) 1.234 ±0" in page.text
-    assert "ROUGE-L 0.633 0.653 ▲ +0.020 (better)" in page.text
-    assert "Captions with a color word 12.5 % 98.4 % ▲ +85.9 57.0 % ▲ +44.5" in page.text
+    # Without an interval a difference is neither better nor worse.
+    assert "CIDEr 1.234 1.034 −0.200 1.234 ±0" in page.text
+    assert "ROUGE-L 0.633 0.653 +0.020" in page.text
+    assert "Captions with a color word 12.5 % 98.4 % +85.9 57.0 % +44.5" in page.text
     assert "Accuracy, other 61.1 % –" in page.text
     assert "extract 1 min 15 s" in page.text
     assert "torch 2.9.1" in page.text
     assert "METEOR needs java" in page.text
+
+
+def test_a_verdict_only_where_the_paired_interval_leaves_0_out(folder: Path) -> None:
+    results = json.loads((folder / "results.json").read_text())
+    captioning = results["captioning"]
+    captioning["original"]["intervals"] = {"CIDEr": [1.1, 1.3], "color_share": [0.1, 0.15]}
+    captioning["destination"] |= {
+        "intervals": {"CIDEr": [0.9, 1.2]},
+        "changes": {
+            "CIDEr": {"difference": -0.2, "interval": [-0.35, -0.05]},
+            "BLEU-4": {"difference": 0.0, "interval": [-0.01, 0.01]},
+            "ROUGE-L": {"difference": 0.02, "interval": [-0.01, 0.05]},
+            "color_share": {"difference": 0.859, "interval": [0.8, 0.9]},
+        },
+    }
+    results["vqa"]["steered"]["changes"] = {"overall": {"difference": -0.08, "interval": [-0.1, 0.0]},
+                                            "yes/no": {"difference": -0.19, "interval": [-0.2, -0.1]}}  # fmt: skip
+    _write(folder / "results.json", results)
+    page = Page(write_report(folder))
+    assert "CIDEr 1.234 [1.100, 1.300] 1.034 [0.900, 1.200] ▼ −0.200 (worse) [−0.350, −0.050] 1.234 ±0" in page.text
+    assert "BLEU-4 0.412 0.412 ±0 [−0.010, 0.010]" in page.text
+    assert "ROUGE-L 0.633 0.653 +0.020 [−0.010, 0.050]" in page.text
+    assert "Captions with a color word 12.5 % [10.0, 15.0] 98.4 % ▲ +85.9 [80.0, 90.0] 57.0 % +44.5" in page.text
+    assert "Accuracy, all questions 73.2 % 65.2 % −8.0 [−10.0, 0.0]" in page.text
+    assert "Accuracy, yes/no 80.0 % 61.0 % ▼ −19.0 (worse) [−20.0, −10.0]" in page.text
+    captioning["destination"]["intervals"]["CIDEr"] = [1]
+    _write(folder / "results.json", results)
+    with pytest.raises(ValueError, match=r"results\.json: 'captioning\.destination\.intervals\.CIDEr' must be two"):
+        write_report(folder)
 
 
 def test_concepts_by_gain_and_the_empty_one_last(folder: Path) -> None:

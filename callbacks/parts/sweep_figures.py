@@ -21,8 +21,12 @@ Json = dict[str, Any]
 Row = Mapping[str, Any]
 
 _CONTROLS = {"random": ("x", "random direction"), "shuffled": ("+", "shuffled labels")}
-# More lines than this cannot be told apart; the rest is drawn gray.
-_COLORED = len(PALETTE)
+# More lines, and more entries of the legend, than this are not told apart; the others are drawn gray.
+_COLORED = 4
+# Points of the front with fewer ones between them would write over each other; as a share of the axes.
+_APART = 0.07
+# Maps below each other; more are a table.
+_MAPS = 6
 _HPARAMS = ("kind", "vector", "site", "alpha", "positions", "mode", "control")
 _METRICS = (
     "target",
@@ -48,7 +52,7 @@ def show_sweep(sweep: Json, folder: Path, loggers: Sequence[Logger]) -> None:
         loggers: Of the trainer.
     """
     figures = {"pareto": pareto_figure(sweep)}
-    if len({row["site"] for row in sweep["runs"] if row["kind"] == "steered"}) > 1:
+    if _groups(sweep):
         figures["map"] = map_figure(sweep)
     for name, figure in figures.items():
         for kind in ("png", "svg"):
@@ -79,10 +83,14 @@ def pareto_figure(sweep: Json) -> Figure:
             points = [_point(row, quality) for row in sweep["runs"] if row["kind"] == kind]
             if points:
                 axes.plot(*zip(*points, strict=True), marker, color=GRAY, markersize=5, label=label, zorder=1)
-        for number, (name, rows) in enumerate(_lines(sweep).items()):
-            color = PALETTE[number] if number < _COLORED else PALE
-            style: Json = {"color": color, "marker": MARKERS[number % len(MARKERS)], "markersize": 5, "linewidth": 1}
-            axes.plot(*zip(*(_point(row, quality) for row in rows), strict=True), **style, label=name, zorder=2)
+        lines = _lines(sweep)
+        for number, (name, rows) in enumerate(lines.items()):
+            style: Json = {"color": PALE, "marker": ".", "zorder": 2}
+            if number < _COLORED:
+                style = {"color": PALETTE[number], "marker": MARKERS[number], "label": name, "zorder": 3}
+            elif number == _COLORED:
+                style["label"] = f"{len(lines) - _COLORED} others"
+            axes.plot(*zip(*(_point(row, quality) for row in rows), strict=True), **style, markersize=5, linewidth=1)
         _draw_front(axes, [row for row in sweep["runs"] if row["pareto"]], quality)
         (unsteered,) = (row for row in sweep["runs"] if row["kind"] == "unsteered")
         axes.plot(*_point(unsteered, quality), "*", color=INK, markersize=11, label="unsteered", zorder=4)
@@ -95,40 +103,56 @@ def pareto_figure(sweep: Json) -> Figure:
 
 
 def _draw_front(axes: Axes, rows: Sequence[Row], quality: str) -> None:
-    """The front as a line, with α and intervals at its points."""
+    """The front as a line; α and intervals at those of its points that leave room for them."""
     front = sorted(rows, key=lambda row: _point(row, quality))
     axes.plot(*zip(*(_point(row, quality) for row in front), strict=True), "--", color=SOFT, linewidth=1,
               label="Pareto front", zorder=1)  # fmt: skip
-    for row in front:
-        if row["kind"] == "steered":
-            x, y = _point(row, quality)
-            for key, across in (("target", True), (quality, False)):
-                low, high = row["intervals"][key]
-                ends = ([low, high], [y, y]) if across else ([x, x], [low, high])
-                axes.plot(*ends, color=SOFT, linewidth=0.7, zorder=1)
-            axes.annotate(f"α {row['alpha']:g}", (x, y), (4, 5), textcoords="offset points", fontsize=7, color=SOFT)
+    size = np.array([np.ptp(axes.get_xlim()), np.ptp(axes.get_ylim())])
+    told: list[tuple[float, float]] = []
+    # From the strongest on: the weak ones crowd around the unsteered run.
+    for row in reversed(front):
+        x, y = _point(row, quality)
+        if row["kind"] != "steered" or any(np.hypot(*((np.array((x, y)) - at) / size)) < _APART for at in told):
+            continue
+        told.append((x, y))
+        for key, across in (("target", True), (quality, False)):
+            low, high = row["intervals"][key]
+            ends = ([low, high], [y, y]) if across else ([x, x], [low, high])
+            axes.plot(*ends, color=SOFT, linewidth=0.7, zorder=1)
+        axes.annotate(f"α {row['alpha']:g}", (x, y), (4, 5), textcoords="offset points", fontsize=7, color=SOFT)
 
 
 def map_figure(sweep: Json) -> Figure:
-    """Site × α: how far the target rises, and how far the quality falls, from the unsteered run."""
-    steered = [row for row in sweep["runs"] if row["kind"] == "steered"]
-    groups: dict[str, list[Row]] = {}
-    for row in steered:
-        groups.setdefault(f"{row['vector']}, {row['mode']}, {row['positions']}", []).append(row)
-    sites = list(dict.fromkeys(row["site"] for row in steered))
-    alphas = sorted({row["alpha"] for row in steered})
+    """Site × α: how far the target rises, and how far the quality falls, from the unsteered run.
+
+    A map for each vector, mode and positions with several sites, those in which the target rises most.
+    """
+    groups = _groups(sweep)
+    alphas = sorted({row["alpha"] for rows in groups.values() for row in rows})
+    sites = {name: list(dict.fromkeys(row["site"] for row in rows)) for name, rows in groups.items()}
     measures = {"target": _target_name(sweep), sweep["quality"]: _quality_name(sweep)}
+    heights = [0.75 + 0.32 * len(of_group) for of_group in sites.values()]
     with rc_context(STYLE):
-        size = (1.6 + 2.2 + 0.62 * len(alphas) * 2, 0.9 + len(groups) * (0.75 + 0.32 * len(sites)))
-        figure = Figure(figsize=size, layout="constrained")
-        grid = figure.subplots(len(groups), 2, squeeze=False)
+        figure = Figure(figsize=(3.8 + 1.24 * len(alphas), 0.9 + sum(heights)), layout="constrained")
+        grid = figure.subplots(len(groups), 2, squeeze=False, height_ratios=heights)
         for axes_row, (group, rows) in zip(grid, groups.items(), strict=True):
             for axes, (measure, name) in zip(axes_row, measures.items(), strict=True):
-                _draw_map(axes, rows, measure, sites, alphas)
+                _draw_map(axes, rows, measure, sites[group], alphas)
                 axes.set_title(
                     f"{group}\nchange of {name}" if len(groups) > 1 else f"change of {name}", parse_math=False
                 )
     return figure
+
+
+def _groups(sweep: Json) -> dict[str, list[Row]]:
+    """Steered runs that differ in site and α only, at several sites, as far as they are drawn."""
+    groups: dict[str, list[Row]] = {}
+    for row in sweep["runs"]:
+        if row["kind"] == "steered":
+            groups.setdefault(f"{row['vector']}, {row['mode']}, {row['positions']}", []).append(row)
+    several = {name: rows for name, rows in groups.items() if len({row["site"] for row in rows}) > 1}
+    most = sorted(several, key=lambda name: -max(row["scores"]["target"] for row in several[name]))[:_MAPS]
+    return {name: several[name] for name in most}
 
 
 def _draw_map(axes: Axes, rows: Sequence[Row], measure: str, sites: Sequence[str], alphas: Sequence[float]) -> None:
@@ -140,7 +164,7 @@ def _draw_map(axes: Axes, rows: Sequence[Row], measure: str, sites: Sequence[str
     for (y, x), value in np.ndenumerate(values):
         if not np.isnan(value):
             color = "white" if abs(value) > 0.6 * limit else INK
-            axes.text(x, y, f"{value:+.2f}", ha="center", va="center", fontsize=7, color=color)
+            axes.text(x, y, f"{round(value, 2) + 0:+.2f}", ha="center", va="center", fontsize=7, color=color)
     axes.set_xticks(range(len(alphas)), [f"{alpha:g}" for alpha in alphas])
     axes.set_yticks(range(len(sites)), list(sites), parse_math=False)
     axes.set_xlabel("α")
@@ -149,13 +173,20 @@ def _draw_map(axes: Axes, rows: Sequence[Row], measure: str, sites: Sequence[str
 
 
 def _lines(sweep: Json) -> dict[str, list[Row]]:
-    """Steered runs that differ in α only, in its order; named by what tells them from the others."""
+    """Steered runs that differ in α only, in its order; named by what tells them from the others.
+
+    First those with most points of the Pareto front, then those in which the target rises most.
+    """
     steered = [row for row in sweep["runs"] if row["kind"] == "steered"]
     keys = [key for key in ("vector", "site", "positions", "mode") if len({row[key] for row in steered}) > 1]
     lines: dict[str, list[Row]] = {}
     for row in sorted(steered, key=lambda row: row["alpha"]):
         lines.setdefault(", ".join(row[key] for key in keys) or "steered", []).append(row)
-    return lines
+
+    def rank(item: tuple[str, list[Row]]) -> tuple[int, float]:
+        return -sum(row["pareto"] for row in item[1]), -max(row["scores"]["target"] for row in item[1])
+
+    return dict(sorted(lines.items(), key=rank))
 
 
 def _point(row: Row, quality: str) -> tuple[float, float]:
