@@ -10,8 +10,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from ..concepts import SteeringVectors, fine_vector, load_dictionary
 from ..datamodules.files import replacing
+from ..lightning_modules.steering import dictionary_file
 from .parts.state_set_checks import check_dictionary
-from .parts.state_sets import dictionary_file
 
 
 class FineVectorMaker(Callback):

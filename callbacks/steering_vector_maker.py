@@ -25,9 +25,10 @@ from ..concepts import (
     with_length,
 )
 from ..datamodules.stored_features import FeatureStore
+from ..lightning_modules.steering import dictionary_file
 from .parts.sources import store_folder
 from .parts.state_set_checks import check_dictionary, check_sites, check_states
-from .parts.state_sets import SelectedStates, StateSet, dictionary_file
+from .parts.state_sets import SelectedStates, StateSet
 
 Method = Literal["coarse", "principal", "probe", "fine"]
 _OF_STATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

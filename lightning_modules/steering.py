@@ -9,7 +9,13 @@ from ..concepts import SteeringVectors, load_dictionary, load_steering_vectors
 from .backbone import Steering
 from .backbone.interventions import Condition, Mode
 
-DICTIONARY_FILE = "dictionary.safetensors"
+_DICTIONARY = "dictionary.safetensors"
+
+
+def dictionary_file(path: str) -> Path:
+    """The file of a dictionary, of which the folder may be given; it need not be there yet."""
+    given = Path(path)
+    return given if given.suffix == ".safetensors" else given / _DICTIONARY
 
 
 @dataclass
@@ -71,7 +77,7 @@ class SteeringStep:
             if by_concept or self.concept is not None or self.threshold is not None:
                 raise ValueError("`dictionary` must name the dictionary that says which concept a sample has")
             return None
-        file = Path(path) / DICTIONARY_FILE if Path(path).is_dir() else Path(path)
+        file = dictionary_file(path)
         dictionary = load_dictionary(file)
         concepts, width = dictionary.dictionary.shape
         if width != vectors.vectors[site].shape[-1]:

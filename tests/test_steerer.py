@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ QUESTIONS = {"data": "VQADataModule"}
 SCORER = ("--trainer.callbacks+=VQAScorer", "--trainer.callbacks.out=scores.json")
 
 
-def steerer(*steps: dict[str, object]) -> list[str]:
+def steerer(*steps: Mapping[str, object]) -> list[str]:
     return ["--trainer.callbacks+=Steerer", f"--trainer.callbacks.vectors={json.dumps(list(steps))}"]
 
 

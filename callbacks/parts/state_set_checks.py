@@ -16,11 +16,12 @@ from ...datamodules.sample import Sample
 from ...datamodules.stored_features import FeatureStore
 from ...datamodules.word_classes import word_class
 from ...lightning_modules import FeatureExtraction
+from ...lightning_modules.steering import dictionary_file
 from ...metrics import normalize_answer
 from ..dictionary_fitter import DictionaryFitter
 from ..feature_writer import FeatureWriter
 from .sources import store_folder
-from .state_sets import StateSet, dictionary_file, most_frequent
+from .state_sets import StateSet, most_frequent
 
 
 def check_states(trainer: L.Trainer, callback: Callback, module: L.LightningModule, side: StateSet, site: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from ...concepts import load_dictionary, pair_rows
 from ...datamodules.stored_features import FeatureStore
 from ...datamodules.word_classes import has_word, word_class
-from ...lightning_modules.steering import DICTIONARY_FILE
+from ...lightning_modules.steering import dictionary_file
 from ...metrics import normalize_answer
 
 _EXAMPLES = 5
@@ -161,8 +160,3 @@ def most_frequent(values: Iterable[Any]) -> str:
     """The most frequent values, for messages."""
     return ", ".join(repr(value) for value, _ in Counter(values).most_common(_EXAMPLES))
 
-
-def dictionary_file(path: str) -> Path:
-    """The file of a dictionary, of which the folder may be given; it need not be there yet."""
-    given = Path(path)
-    return given if given.suffix == ".safetensors" else given / DICTIONARY_FILE

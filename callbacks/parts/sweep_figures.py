@@ -138,9 +138,7 @@ def map_figure(sweep: Json) -> Figure:
         for axes_row, (group, rows) in zip(grid, groups.items(), strict=True):
             for axes, (measure, name) in zip(axes_row, measures.items(), strict=True):
                 _draw_map(axes, rows, measure, sites[group], alphas)
-                axes.set_title(
-                    f"{group}\nchange of {name}" if len(groups) > 1 else f"change of {name}", parse_math=False
-                )
+                axes.set_title(f"{group}\nchange of {name}", parse_math=False)
     return figure
 
 
@@ -164,7 +162,7 @@ def _draw_map(axes: Axes, rows: Sequence[Row], measure: str, sites: Sequence[str
     for (y, x), value in np.ndenumerate(values):
         if not np.isnan(value):
             color = "white" if abs(value) > 0.6 * limit else INK
-            axes.text(x, y, f"{round(value, 2) + 0:+.2f}", ha="center", va="center", fontsize=7, color=color)
+            axes.text(x, y, f"{round(float(value), 2) + 0:+.2f}", ha="center", va="center", fontsize=7, color=color)
     axes.set_xticks(range(len(alphas)), [f"{alpha:g}" for alpha in alphas])
     axes.set_yticks(range(len(sites)), list(sites), parse_math=False)
     axes.set_xlabel("α")
@@ -175,7 +173,7 @@ def _draw_map(axes: Axes, rows: Sequence[Row], measure: str, sites: Sequence[str
 def _lines(sweep: Json) -> dict[str, list[Row]]:
     """Steered runs that differ in α only, in its order; named by what tells them from the others.
 
-    First those with most points of the Pareto front, then those in which the target rises most.
+    First those that the Pareto front leads to, those with most of the target before the others.
     """
     steered = [row for row in sweep["runs"] if row["kind"] == "steered"]
     keys = [key for key in ("vector", "site", "positions", "mode") if len({row[key] for row in steered}) > 1]
@@ -183,10 +181,10 @@ def _lines(sweep: Json) -> dict[str, list[Row]]:
     for row in sorted(steered, key=lambda row: row["alpha"]):
         lines.setdefault(", ".join(row[key] for key in keys) or "steered", []).append(row)
 
-    def rank(item: tuple[str, list[Row]]) -> tuple[int, float]:
-        return -sum(row["pareto"] for row in item[1]), -max(row["scores"]["target"] for row in item[1])
+    def strongest(item: tuple[str, list[Row]]) -> tuple[bool, float]:
+        return max((row["pareto"], row["scores"]["target"]) for row in item[1])
 
-    return dict(sorted(lines.items(), key=rank))
+    return dict(sorted(lines.items(), key=strongest, reverse=True))
 
 
 def _point(row: Row, quality: str) -> tuple[float, float]:

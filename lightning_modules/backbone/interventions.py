@@ -195,6 +195,8 @@ class _Applied:
         mask = self._mask(running.token_map, start, length)
         if mask is False:
             return None
+        if isinstance(mask, Tensor):
+            mask = mask.to(state.device)
         changed = self._changed(state, self._alpha(running.token_map, start, length, state.device))
         if self._passing is not None:
             mask = self._passing[:, None] if mask is True else mask & self._passing[:, None]
