@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import lightning as L
@@ -12,6 +13,8 @@ from ..concepts import SteeringVectors, fine_vector, load_dictionary
 from ..datamodules.files import replacing
 from ..lightning_modules.steering import dictionary_file
 from .parts.state_set_checks import check_dictionary
+
+_FILE = r"\d+-\d+\.safetensors"
 
 
 class FineVectorMaker(Callback):
@@ -36,9 +39,9 @@ class FineVectorMaker(Callback):
         return f"{type(self).__name__}[{self.out}]"
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse a dictionary that will not be there, or is of another site."""
-        if self.out.exists() and any(path.suffix != ".safetensors" for path in self.out.iterdir()):
-            raise ValueError(f"{self.out}: holds other files than steering vectors; choose a new folder")
+        """Refuse a dictionary that will not be there, or is of another site, and a folder of anything else."""
+        if self.out.exists() and not all(re.fullmatch(_FILE, path.name) for path in self.out.iterdir()):
+            raise ValueError(f"{self.out}: holds other files than fine vectors; choose a new folder")
         check_dictionary(trainer, self, self.dictionary, self.site)
 
     @rank_zero_only
@@ -51,6 +54,8 @@ class FineVectorMaker(Callback):
             for i in range(len(U)):
                 for j in range(len(U)):
                     if i != j:
-                        vectors = SteeringVectors({self.site: fine_vector(U, i, j)}, {}, {**metadata, "concepts": [i, j]})
+                        vectors = SteeringVectors(
+                            {self.site: fine_vector(U, i, j)}, {}, {**metadata, "concepts": [i, j]}
+                        )
                         vectors.save(working / f"{i}-{j}.safetensors")
         rank_zero_info(f"{self.out}: {len(U) * (len(U) - 1)} vectors between the {len(U)} concepts of {file}")

@@ -26,6 +26,7 @@ from conceptshift.datamodules.stored_features import FeatureShardWriter, Feature
 from conceptshift.lightning_modules import VisionLanguageModel
 from conceptshift.lightning_modules.backbone.tiny import write_tiny_llava
 from peft import LoraConfig
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
@@ -180,6 +181,19 @@ def backbone(tiny: Path) -> VisionLanguageModel:
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Shapes folder: 40 pictures, of which 32 train, 2 restval, 3 val, 3 test."""
     return write_shapes(tmp_path_factory.mktemp("data") / "shapes", images=40, seed=0)
+
+
+@pytest.fixture(scope="session")
+def pictures() -> list[Image.Image]:
+    """Five pictures of noise, 64 x 64 pixels."""
+    noise = torch.randint(256, (5, 8, 8, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    return [Image.fromarray(one.numpy()).resize((64, 64), Image.Resampling.NEAREST) for one in noise]
+
+
+@pytest.fixture(scope="session")
+def vector() -> Tensor:
+    """A vector as wide as the tiny model's states."""
+    return torch.randn(64, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture

@@ -1,16 +1,19 @@
-"""Sweeps: every run is what `intervene` and `generate` give one by one; they go on where they stopped; what is refused."""
+"""Sweeps: every run is what `intervene` and `generate` give one by one; a sweep goes on where it was interrupted."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conceptshift.callbacks import SweepScorer, SweepTarget
 from conceptshift.concepts import KMeans, SteeringVectors, random_vector_like
 from conceptshift.datamodules import VQADataModule
 from conceptshift.datamodules.images import read_image
@@ -33,6 +36,10 @@ def vector(seed: int = 0, width: int = 64) -> Tensor:
     return torch.randn(width, generator=torch.Generator().manual_seed(seed))
 
 
+def given(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
 def command(model: Path, root: Path, **changes: object) -> list[str]:
     """`sweep` over the first seven questions; a name is an option of the model, `data_…` one of the data."""
     options = {
@@ -53,9 +60,9 @@ def command(model: Path, root: Path, **changes: object) -> list[str]:
     of_data = {name.removeprefix("data_"): options.pop(name) for name in list(options) if name.startswith("data_")}
     return [
         "sweep", "--trainer.enable_progress_bar=false", "--model=SteeringSweep", f"--model.model_id={model}",
-        *(f"--model.{name}={json.dumps(value)}" for name, value in options.items()),
+        *(f"--model.{name}={given(value)}" for name, value in options.items()),
         f"--data={data}", f"--data.root={root}",
-        *(f"--data.{name}={json.dumps(value)}" for name, value in of_data.items()),
+        *(f"--data.{name}={given(value)}" for name, value in of_data.items()),
         "--trainer.callbacks+=SweepScorer", f"--trainer.callbacks.out={out}",
         f"--trainer.callbacks.targets={json.dumps(targets)}",
     ]  # fmt: skip
@@ -63,7 +70,7 @@ def command(model: Path, root: Path, **changes: object) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
-    """A tiny model is steered too hard for the text to end, and few processes load the data."""
+    """Most files of vectors have no shuffled controls here."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         yield
@@ -131,7 +138,7 @@ def test_every_run_is_what_intervene_gives_one_by_one(
                 ways[f"{name}, shuffled 0"] = [Steering(site, vector(3), 6.0, where)]
     texts = texts_of()
     assert texts == one_by_one(shared_backbone, shapes, ways, 4)
-    assert [row["name"] for row in result()["runs"]] == list(ways)
+    assert sorted(row["name"] for row in result()["runs"]) == sorted(ways)
     # The test would pass with no steering at all if these were the same.
     same = [name for name in texts if texts[name] == texts["unsteered"]]
     assert set(same) <= {"unsteered", *(name for name in ways if "lm.norm image" in name or "lm.norm 0:70" in name)}
@@ -163,7 +170,7 @@ def test_what_vectors_may_be(sweep: Run, shared_backbone: VisionLanguageModel, s
     for name, (file, site) in found.items():
         for mode in ("add", "project_away"):
             for alpha in (-6.0, 6.0):
-                step = SteeringStep(file, alpha, "answer", mode)  # type: ignore[arg-type]
+                step = SteeringStep(file, alpha, "answer", mode)
                 ways[f"{name} {mode} {alpha:g} at {site} answer"] = [step.load()]
     texts = texts_of()
     assert texts == one_by_one(shared_backbone, shapes, ways, 4)
@@ -206,8 +213,8 @@ def test_a_model_that_answers_otherwise_from_the_cache(sweep: Run, monkeypatch: 
     assert result(out="again") == result()
 
 
-def test_controls_have_the_length_of_the_vector() -> None:
-    SteeringVectors({"lm.block.0": 7 * vector()}, {}, {})
+def test_controls_have_the_length_of_the_vector(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     module = SteeringSweep("none", {"toward": "toward.safetensors"}, random=2, shuffled=2)
     SteeringVectors(
         {"lm.block.0": 7 * vector()}, {"lm.block.0": torch.stack([-7 * vector(), 7 * vector().flip(0)])}, {}
@@ -221,7 +228,8 @@ def test_controls_have_the_length_of_the_vector() -> None:
     assert len(set(names)) == len(names) == 1 + 3 * 5
 
 
-def test_runs_whose_strengths_hardly_differ_keep_their_names() -> None:
+def test_runs_whose_strengths_hardly_differ_keep_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     SteeringVectors({"lm.block.0": vector()}, {}, {}).save("toward.safetensors")
     module = SteeringSweep("none", {"v": "toward.safetensors"}, alphas=[0.1234567, 0.1234568], random=0, shuffled=0)
     assert len({run.name for run in module.steerings}) == len(module.steerings) == 3
@@ -262,7 +270,7 @@ def test_an_interrupted_sweep_goes_on(sweep: Run, monkeypatch: pytest.MonkeyPatc
     with monkeypatch.context() as patch:
         seen = stop_before(patch, 2)
         assert "stopped" in sweep(**changes).error
-        first = sum(seen, [])
+        first = [one for ids in seen for one in ids]
         assert not Path("swept/no").exists()
     written = Path("swept/texts-00000.jsonl")
     content = written.read_bytes()
@@ -271,7 +279,7 @@ def test_an_interrupted_sweep_goes_on(sweep: Run, monkeypatch: pytest.MonkeyPatc
     with monkeypatch.context() as patch:
         seen = stop_before(patch, None)
         assert sweep(**changes).status == 0
-        second = sum(seen, [])
+        second = [one for ids in seen for one in ids]
     assert len(first) == 4
     assert len(second) == 4
     assert set(first) & set(second) == {first[-1]}, "what was cut off is answered again, and nothing else"
@@ -292,7 +300,7 @@ def test_finished_texts_are_only_scored_again(sweep: Run, monkeypatch: pytest.Mo
 
 
 def test_another_run_is_refused(sweep: Run, tmp_path: Path, make_adapter: Callable[..., Path], tiny: Path) -> None:
-    """A vector, the dictionary that says whose it is, α, prompt, data, adapter and weights, even under the same name."""
+    """A vector, the dictionary that says whose it is, α, prompt, data, adapter and weights, whatever their names."""
     states = torch.randn(40, 64, generator=torch.Generator().manual_seed(1))
     dictionary = KMeans(3, seed=0).fit(states)
     dictionary.save(tmp_path / "dictionary.safetensors", {"site": "lm.block.1"})
@@ -342,8 +350,6 @@ def test_what_fails_at_start_leaves_the_old_sweep(sweep: Run) -> None:
 
 
 def test_unreadable_pictures_are_listed(sweep: Run, shapes: Path, tmp_path: Path) -> None:
-    import shutil
-
     root = Path(shutil.copytree(shapes, tmp_path / "shapes"))
     for picture in root.glob("train2014/*"):
         if picture.stem.endswith(("1", "4")):
@@ -363,7 +369,7 @@ def test_unreadable_pictures_are_listed(sweep: Run, shapes: Path, tmp_path: Path
 
 
 def test_two_processes_write_what_one_writes(sweep: Run, tiny: Path, shapes: Path, tmp_path: Path) -> None:
-    """Seven questions; then a finished sweep is scored for another target, where both must have a sample."""
+    """Seven questions, so that one process has fewer than the other."""
     changes: dict[str, Any] = {"random": 1, "data_batch_size": 2}
     done = conceptshift(tmp_path, *command(tiny, shapes, out="two", **changes), *DDP)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -371,16 +377,19 @@ def test_two_processes_write_what_one_writes(sweep: Run, tiny: Path, shapes: Pat
     assert len(list(Path("two").glob("texts-*.jsonl"))) == 2
     assert sweep(out="one", **changes).status == 0
     assert files("two") == files("one")
-    changes["targets"] = [{"name": "yes", "answer": "yes"}]
-    done = conceptshift(tmp_path, *command(tiny, shapes, out="two", **changes), *DDP)
+
+
+def test_two_processes_and_a_finished_sweep(sweep: Run, tiny: Path, shapes: Path, tmp_path: Path) -> None:
+    """Each has a sample to answer again; where the first finds another run, the second does not wait for it."""
+    assert sweep(data_limit=3).status == 0
+    changes: dict[str, Any] = {"data_limit": 3, "targets": [{"name": "yes", "answer": "yes"}]}
+    done = conceptshift(tmp_path, *command(tiny, shapes, **changes), *DDP)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert sweep(out="one", **changes).status == 0
-    assert files("two") == files("one")
-    # The first process finds that the run is another one; the second must not wait for it.
-    changes["alphas"] = [2.0]
-    done = conceptshift(tmp_path, *command(tiny, shapes, out="two", **changes), *DDP)
+    assert len(list(Path("swept").glob("texts-*.jsonl"))) == 2
+    assert texts_of("yes") == texts_of("no")
+    done = conceptshift(tmp_path, *command(tiny, shapes, **changes, alphas=[2.0]), *DDP)
     assert done.returncode != 0
-    assert "two: holds a sweep of another run (they differ in `runs`)" in done.stderr
+    assert "swept: holds a sweep of another run (they differ in `runs`)" in done.stderr
 
 
 # --- what is refused ----------------------------------------------------------------------------------------
@@ -454,9 +463,10 @@ def test_a_sweep_and_its_scorer_need_each_other(
     steps = json.dumps([{"file": "toward.safetensors"}])
     steerer = ["--trainer.callbacks+=Steerer", f"--trainer.callbacks.vectors={steps}"]
     assert "a Steerer beside it would change what this one scores" in sweep(*steerer).error
-    model = arguments[: arguments.index("--data=VQADataModule")]
-    stored = cli(*model, "--data=StoredFeatures", "--data.folder=nowhere", *scorer, *QUIET)
-    assert stored.status == 2
+    module = SteeringSweep("none", {"v": "toward.safetensors"})
+    nothing: Any = SimpleNamespace(callbacks=[], datamodule=None)
+    with pytest.raises(TypeError, match="SweepScorer needs a data module of pictures"):
+        SweepScorer("swept", [SweepTarget("no", "no")]).setup(nothing, module, "predict")
 
 
 def test_samples_left_out_by_the_trainer(sweep: Run) -> None:

@@ -129,7 +129,7 @@ def map_figure(sweep: Json) -> Figure:
     """
     groups = _groups(sweep)
     alphas = sorted({row["alpha"] for rows in groups.values() for row in rows})
-    sites = {name: list(dict.fromkeys(row["site"] for row in rows)) for name, rows in groups.items()}
+    sites = {name: sorted({row["site"] for row in rows}, key=_depth) for name, rows in groups.items()}
     measures = {"target": _target_name(sweep), sweep["quality"]: _quality_name(sweep)}
     heights = [0.75 + 0.32 * len(of_group) for of_group in sites.values()]
     with rc_context(STYLE):
@@ -140,6 +140,11 @@ def map_figure(sweep: Json) -> Figure:
                 _draw_map(axes, rows, measure, sites[group], alphas)
                 axes.set_title(f"{group}\nchange of {name}", parse_math=False)
     return figure
+
+
+def _depth(site: str) -> list[str | int]:
+    """Sorts block 2 before block 10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", site)]
 
 
 def _groups(sweep: Json) -> dict[str, list[Row]]:

@@ -64,31 +64,32 @@ def score_sweep(
         quality and better in one), and for answers `rises` and `selection`. And one row a run and sample:
         its text and values.
     """
-    measures = {run.name: _measures(texts[run.name], texts[UNSTEERED], samples, target) for run in runs}
-    # All at once: the resamples are the same and cost more than the runs.
-    scored = bootstrap({f"{run}\n{name}": one for run, of_run in measures.items() for name, one in of_run.items()})
     before = answer_counts(texts[UNSTEERED].values())
+    unsteered = bootstrap(_measures(texts[UNSTEERED], texts[UNSTEERED], samples, target))
     rows: list[dict[str, Any]] = []
+    values: list[dict[str, Any]] = []
     for run in runs:
-        own = {name: scored[f"{run.name}\n{name}"] for name in measures[run.name]}
+        measures = _measures(texts[run.name], texts[UNSTEERED], samples, target)
+        # Run by run, which draws the same resamples: all runs together would fill the memory.
+        scored = bootstrap(measures)
         row: dict[str, Any] = {
             **asdict(run),
-            "scores": {name: one.score for name, one in own.items()},
-            "intervals": {name: list(one.interval()) for name, one in own.items()},
+            "scores": {name: one.score for name, one in scored.items()},
+            "intervals": {name: list(one.interval()) for name, one in scored.items()},
         }
         if run.kind != "unsteered":
-            changes = {name: difference(one, scored[f"{UNSTEERED}\n{name}"]) for name, one in own.items()}
+            changes = {name: difference(one, unsteered[name]) for name, one in scored.items()}
             row["changes"] = {name: {"difference": d, "interval": list(i)} for name, (d, i) in changes.items()}
         if target.task == "vqa":
             row |= _answers(before, answer_counts(texts[run.name].values()))
         rows.append(row)
+        values += _values(run.name, texts[run.name], measures)
     front = _front({row["name"]: _goals(row, target) for row in rows if row["kind"] in ("unsteered", "steered")})
-    values = [value for run in runs for value in _values(run.name, texts[run.name], measures[run.name])]
     return [{**row, "pareto": row["name"] in front} for row in rows], values
 
 
 def clear_directions(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Steered runs that lead to one clear answer, the largest gap first (arXiv 2501.03012, §4); for captions there are none."""
+    """Steered runs that lead to one clear answer, the largest gap first (arXiv 2501.03012, §4); captions have none."""
     found = [
         {"run": row["name"], "target": row["selection"]["targets"][0], "gap": row["selection"]["gap"]}
         for row in rows
