@@ -43,12 +43,14 @@ class SweepTarget:
         answer: This answer, counted whole after VQA normalisation.
         words: Captions with a word of this class: `colors`, `places`, `sentiments`, a list of words, or a `.txt` file
             with one word a line. Either this or `answer`.
+        avoid: It is to become rarer: the share of samples without it is what counts.
         vectors: Names of the sweep's vectors, one for all that a pattern stands for; all by default.
     """
 
     name: str
     answer: str | None = None
     words: str | list[str] | None = None
+    avoid: bool = False
     vectors: list[str] | None = None
 
     def __post_init__(self) -> None:
@@ -63,8 +65,8 @@ class SweepTarget:
     def goal(self) -> Target:
         """As it is scored."""
         if self.answer is not None:
-            return Target(answer=normalize_answer(self.answer))
-        return Target(words=word_class(self.words or ()))
+            return Target(answer=normalize_answer(self.answer), avoid=self.avoid)
+        return Target(words=word_class(self.words or ()), avoid=self.avoid)
 
 
 class SweepScorer(Callback):
@@ -240,6 +242,7 @@ class SweepScorer(Callback):
             "name": name,
             "task": goal.task,
             "target": goal.answer or sorted(goal.words),
+            "avoid": goal.avoid,
             "quality": QUALITY[goal.task],
             **facts,
             "runs": rows,

@@ -241,11 +241,11 @@ def _target(sweep: Sweep, samples: Json, pictures: Pictures) -> Json:
 
 def _title(content: Json) -> str:
     """What is to be brought about."""
-    target = content.get("target")
+    target, avoid = content.get("target"), content.get("avoid")
     if not isinstance(target, list):
-        return f"answers “{target}”"
+        return f"answers {'other than ' if avoid else ''}“{target}”"
     words = ", ".join(map(str, target[:_WORDS])) + (", …" if len(target) > _WORDS else "")
-    return f"captions with a word of the class ({words})"
+    return f"captions {'without' if avoid else 'with'} a word of the class ({words})"
 
 
 def _facts(sweep: Sweep) -> list[tuple[str, str]]:

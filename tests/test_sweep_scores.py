@@ -215,3 +215,16 @@ def test_maps_are_of_vectors_with_several_sites_in_the_order_of_depth() -> None:
     values = [text.get_text() for text in figure.axes[0].texts]
     assert values == ["+0.03", "+0.06", "+0.05", "+0.10", "+0.04", "+0.08"]
     assert len(map_figure(drawn({f"v{n}": sites for n in range(30)}, [1.0])).axes) == 2 * 6
+
+
+def test_what_is_to_be_avoided_counts_where_it_is_absent() -> None:
+    texts = {"unsteered": {"a": "No.", "b": "yes", "c": "yes"}, "s": {"a": "yes", "b": "yes", "c": "snow"}}
+    samples = {i: question(0) for i in "abc"}
+    runs = [SweepRun("unsteered", "unsteered"), SweepRun("s", "steered", alpha=1.0)]
+    with_it, without = (
+        score_sweep(runs, texts, samples, Target(answer="no", avoid=avoid))[0] for avoid in (False, True)
+    )
+    assert [row["scores"]["target"] for row in with_it] == pytest.approx([1 / 3, 0])
+    assert [row["scores"]["target"] for row in without] == pytest.approx([2 / 3, 1])
+    assert [row["pareto"] for row in with_it] == [True, False]
+    assert [row["pareto"] for row in without] == [True, True]

@@ -159,4 +159,3 @@ class SelectedStates:
 def most_frequent(values: Iterable[Any]) -> str:
     """The most frequent values, for messages."""
     return ", ".join(repr(value) for value, _ in Counter(values).most_common(_EXAMPLES))
-

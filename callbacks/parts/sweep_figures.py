@@ -201,4 +201,6 @@ def _quality_name(sweep: Json) -> str:
 
 
 def _target_name(sweep: Json) -> str:
-    return f"answers “{sweep['target']}”" if sweep["task"] == "vqa" else "captions with a word of the class"
+    if sweep["task"] == "vqa":
+        return f"answers {'other than ' if sweep.get('avoid') else ''}“{sweep['target']}”"
+    return f"captions {'without' if sweep.get('avoid') else 'with'} a word of the class"

@@ -36,10 +36,12 @@ class Target:
     Attributes:
         answer: An answer, as a whole and normalised; empty for captions.
         words: Words of which a caption is to have one; empty for answers.
+        avoid: Whether samples without it are what counts.
     """
 
     answer: str = ""
     words: frozenset[str] = frozenset()
+    avoid: bool = False
 
     @property
     def task(self) -> str:
@@ -103,14 +105,10 @@ def _measures(
 ) -> dict[str, Measure]:
     ids = sorted(texts)
     changed = [float(texts[i] != unsteered[i]) for i in ids]
-    common = {**text_measures(texts), "changed": mean_measure(changed)}
+    common = {"target": _target(texts, target), **text_measures(texts), "changed": mean_measure(changed)}
     if target.task == "caption":
         references = {i: list(samples[i].references) for i in ids}
-        return {
-            "target": word_share_measure(texts, target.words),
-            **caption_measures(texts, references),
-            **common,
-        }
+        return {**caption_measures(texts, references), **common}
     rows = {
         i: {
             "prediction": texts[i],
@@ -120,8 +118,16 @@ def _measures(
         }
         for i in ids
     }
-    hits = [float(normalize_answer(texts[i]) == target.answer) for i in ids]
-    return {"target": mean_measure(hits), **vqa_measures(rows), **common}
+    return {**vqa_measures(rows), **common}
+
+
+def _target(texts: Mapping[str, str], target: Target) -> Measure:
+    """The share of samples with the target, or without it."""
+    if target.answer:
+        hits = [normalize_answer(texts[i]) == target.answer for i in sorted(texts)]
+    else:
+        hits = [bool(found) for found in word_share_measure(texts, target.words).statistics[:, 0]]
+    return mean_measure([float(hit != target.avoid) for hit in hits])
 
 
 def _answers(before: Counter[str], after: Counter[str]) -> dict[str, Any]:
