@@ -7,10 +7,13 @@ from typing import Any, cast
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from ..lightning_modules import BackboneModule, SteeringStep
 from ..lightning_modules.backbone import Steering
-from .parts.first_sample import try_on_first_sample
+from ..lightning_modules.backbone.interventions import Applied
+from .parts.first_sample import try_on_first_sample, warn_of_other_weights
+from .parts.processes import gather
 
 
 class Steerer(Callback):
@@ -27,6 +30,7 @@ class Steerer(Callback):
         self.vectors = vectors
         self._loaded: list[Steering] = []
         self._active = ExitStack()
+        self._applied: list[Applied] = []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Read the vectors, so that what is wrong with them is told before a model is loaded."""
@@ -44,12 +48,18 @@ class Steerer(Callback):
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Try the vectors on the first sample, then begin to steer."""
         assert isinstance(pl_module, BackboneModule)
+        warn_of_other_weights([step.file for step in self.vectors], pl_module.backbone)
         try_on_first_sample(trainer, pl_module, [self._loaded])
-        self._active.enter_context(pl_module.backbone.intervene(*self._loaded))
+        self._applied = self._active.enter_context(pl_module.backbone.intervene(*self._loaded))
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Stop steering."""
+        """Stop steering, and tell whom the conditions let pass."""
         self._active.close()
+        for applied, step in zip(self._applied, self.vectors, strict=True):
+            passed, samples = map(sum, zip(*gather([(applied.passed, applied.samples)]), strict=True))
+            if applied.steering.condition is not None:
+                tell = rank_zero_info if passed else rank_zero_warn
+                tell(f"{step.file}: its condition let {passed} of {samples} pass (samples, each time they were run)")
 
     on_test_epoch_start = on_validation_epoch_start
     on_test_epoch_end = on_validation_epoch_end

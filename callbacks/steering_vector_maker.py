@@ -25,7 +25,7 @@ from ..concepts import (
     with_length,
 )
 from ..datamodules.stored_features import FeatureStore
-from ..lightning_modules.steering import dictionary_file
+from ..lightning_modules.steering import dictionary_file, dictionary_hash
 from .parts.sources import store_folder
 from .parts.state_set_checks import check_dictionary, check_sites, check_states
 from .parts.state_sets import SelectedStates, StateSet
@@ -134,7 +134,8 @@ class SteeringVectorMaker(Callback):
                 f"target states, {told}"
             )
         if self.dictionary is not None:
-            metadata["dictionary"] = str(dictionary_file(self.dictionary))
+            file = dictionary_file(self.dictionary)
+            metadata |= {"dictionary": str(file), "dictionary_hash": dictionary_hash(load_dictionary(file))}
         SteeringVectors(vectors, shuffled, metadata).save(self.out)
 
     def _make(self, target: Tensor, source: Tensor) -> tuple[Tensor, Tensor | None, dict[str, Any]]:

@@ -22,15 +22,17 @@ from ..datamodules.word_classes import word_class
 from ..lightning_modules import SteeringSweep
 from ..lightning_modules.backbone.destinations import DESTINATION
 from ..metrics import normalize_answer
-from .parts.first_sample import try_on_first_sample
+from .parts.first_sample import try_on_first_sample, warn_of_other_weights
 from .parts.processes import gather
 from .parts.run_description import describe_sweep
 from .parts.sweep_figures import show_sweep
-from .parts.sweep_scores import QUALITY, Target, clear_directions, score_sweep
+from .parts.sweep_scores import Target, clear_directions, score_sweep
 from .steerer import Steerer
 
 _WORKING = "texts-{rank:05d}.jsonl"
 # What the texts are of.
+# Longer values are not spelled out in errors.
+_SHORT = 60
 _NOTE = "run.json"
 
 
@@ -76,7 +78,7 @@ class SweepScorer(Callback):
 
     Args:
         out: Folder. Each target has a folder in it: `sweep.json` (scores of its runs), `samples.parquet` (every text
-            with its values) and figures.
+            with its values) and figures. What was asked of which picture is in `samples.json`.
         targets: What is to be brought about.
         overwrite: Begin anew, whatever is there.
     """
@@ -133,6 +135,10 @@ class SweepScorer(Callback):
             ValueError: It has one of another run.
         """
         noted = self.out / _NOTE
+        if not noted.is_file() and any(self.out.glob("texts-*.jsonl")) and not self.overwrite:
+            raise ValueError(
+                f"{self.out}: holds answers, but not {_NOTE}, which says of what; set `overwrite`, or move them"
+            )
         if self.overwrite or not noted.is_file():
             return False
         found = json.loads(noted.read_text(encoding="utf-8"))
@@ -140,8 +146,8 @@ class SweepScorer(Callback):
         for key, value in json.loads(json.dumps(description)).items():
             if found.get(key, value) != value:
                 raise ValueError(
-                    f"{self.out}: holds a sweep of another run (they differ in `{key}`); choose another `out`, or set "
-                    "`overwrite` to begin anew"
+                    f"{self.out}: holds a sweep of another run ({_difference(key, found[key], value)}); choose another "
+                    "`out`, or set `overwrite` to begin anew"
                 )
         return True
 
@@ -173,6 +179,7 @@ class SweepScorer(Callback):
         """Try every steering on the first sample, then prepare the folder."""
         assert isinstance(pl_module, SteeringSweep)
         steered = [steering for run, steering in pl_module.steerings.items() if steering and run.kind == "steered"]
+        warn_of_other_weights(pl_module.files.values(), pl_module.backbone)
         try_on_first_sample(trainer, pl_module, [[steering] for steering in steered])
         if trainer.is_global_zero:
             backbone = pl_module.backbone
@@ -219,6 +226,11 @@ class SweepScorer(Callback):
                 f"{self.out}: {len(missing)} samples were left out ({missing[0]}, ...); take fewer by "
                 "--data.init_args.limit, not by the Trainer, and run the same command again to go on"
             )
+        shown = {
+            f"{'question' if sample.answers else 'caption'}/{i}": {"image": str(sample.image), "prompt": sample.prompt}
+            for i, sample in samples.items()
+        }
+        write_json(self.out / "samples.json", shown)
         for target in self.targets:
             runs = [
                 run
@@ -226,8 +238,10 @@ class SweepScorer(Callback):
                 if run.kind == "unsteered" or not target.vectors or run.vector.split("/")[0] in target.vectors
             ]
             texts = {run.name: {i: of_sample[run.name] for i, of_sample in answered.items()} for run in runs}
-            rows, values = score_sweep(runs, texts, samples, self.goals[target.name])
-            self._write(target.name, rows, values, {"samples": len(answered), "skipped": skipped}, trainer)
+            of_these = {i: samples[i] for i in answered}
+            quality, rows, values = score_sweep(runs, texts, of_these, self.goals[target.name])
+            facts = {"quality": quality, "samples": len(answered), "skipped": skipped}
+            self._write(target.name, rows, values, facts, trainer)
 
     def _write(
         self,
@@ -243,7 +257,6 @@ class SweepScorer(Callback):
             "task": goal.task,
             "target": goal.answer or sorted(goal.words),
             "avoid": goal.avoid,
-            "quality": QUALITY[goal.task],
             **facts,
             "runs": rows,
             "selected": clear_directions(rows),
@@ -253,6 +266,15 @@ class SweepScorer(Callback):
         show_sweep(sweep, folder, trainer.loggers)
         best = [row for row in rows if row["pareto"] and row["kind"] == "steered"]
         rank_zero_info(f"{folder}: {len(rows)} runs of {facts['samples']} samples, {len(best)} on the Pareto front")
+
+
+def _difference(key: str, before: Any, now: Any) -> str:
+    """The first thing that differs between two descriptions of a run."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        inner = next(name for name in sorted({*before, *now}) if before.get(name) != now.get(name))
+        return _difference(f"{key}.{inner}", before.get(inner), now.get(inner))
+    short = all(len(str(value)) <= _SHORT for value in (before, now))
+    return f"`{key}` was {before}, and is {now}" if short else f"they differ in `{key}`"
 
 
 def _check_goal(name: str, goal: Target, samples: list[Sample]) -> None:
@@ -266,4 +288,7 @@ def _check_goal(name: str, goal: Target, samples: list[Sample]) -> None:
     known = Counter(normalize_answer(answer) for sample in samples for answer in sample.answers)
     if goal.answer and goal.answer not in known:
         frequent = ", ".join(answer for answer, _ in known.most_common(5))
-        raise ValueError(f"target {name!r}: nobody answers {goal.answer!r} in these questions; frequent are {frequent}")
+        raise ValueError(
+            f"target {name!r}: nobody answers {goal.answer!r} in these questions; frequent are {frequent}; take "
+            "another, or more questions (--data.init_args.limit)"
+        )

@@ -156,13 +156,14 @@ class _Demo:
 
     def write_samples(self) -> None:
         """Write what was asked about which picture, for the report."""
-        captions = CaptionDataModule(str(self.out / "data"), predict_split="restval")
-        questions = VQADataModule(str(self.out / "data"), predict_split="train2014")
+        parts = {
+            "caption": CaptionDataModule(str(self.out / "data")),
+            "question": VQADataModule(str(self.out / "data")),
+        }
         samples = {
             f"{name}/{sample.sample_id}": {"image": str(sample.image), "prompt": sample.prompt}
-            for name, data, limit in (("caption", captions, None), ("question", questions, _SWEPT))
-            for split, most in ((data.splits["validate"], None), (data.splits["predict"], limit))
-            for sample in data.read(split, training=False)[:most]
+            for name, data in parts.items()
+            for sample in data.read(data.splits["validate"], training=False)
         }
         write_json(self.out / "samples.json", samples)
 

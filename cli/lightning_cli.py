@@ -14,6 +14,13 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 # Importing the rooms makes their classes known by their short names.
 from .. import callbacks, datamodules, lightning_modules  # noqa: F401
 
+_SWEEP = """conceptshift sweep: steer a model in many ways over the same samples, and score each against the others.
+
+It is `predict` with `--model SteeringSweep` (vectors, sites, strengths, controls; explained by `conceptshift sweep
+--model.help SteeringSweep`) and the callback SweepScorer (targets, folder; docs/steering.md). Start from
+configs/sweep_vqa.yaml or configs/sweep_caption.yaml. These are the options of `predict`:
+"""
+
 
 class ConceptShiftCLI(LightningCLI):
     """LightningCLI with this framework's defaults."""
@@ -48,6 +55,8 @@ def run(args: Sequence[str]) -> None:
     """Run one of Lightning's subcommands; `sweep` is `predict` with a SteeringSweep and a SweepScorer."""
     _hush()
     subcommand = "predict" if args[0] == "sweep" else args[0]
+    if args[0] == "sweep" and "--help" in args:
+        print(_SWEEP)
     return_predictions = ["--return_predictions=false"] if subcommand == "predict" and "--help" not in args else []
     ConceptShiftCLI(
         subclass_mode_model=True,

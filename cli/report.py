@@ -108,7 +108,7 @@ def _view(folder: Path) -> Json:
     dictionaries = fitted or [
         Fitted(name, "", {"words": [], **summary}) for name, summary in results["concepts"].items() if summary
     ]
-    samples = read_json(folder / "samples.json") or {}
+    samples = _samples(folder)
     captions = {variant: _predictions(folder / f"captions-{variant}.json") for variant in VARIANTS}
     answers = {variant: _predictions(folder / f"answers-{variant}.json") for variant in VARIANTS}
     pictures, small = Thumbnails(folder), Thumbnails(folder, _SMALL_THUMBNAIL)
@@ -173,6 +173,12 @@ def _shifts(folder: Path) -> list[Shift]:
         )
         for path in sorted(found, key=lambda path: ((path / "trajectory.json").is_file(), path))
     ]
+
+
+def _samples(folder: Path) -> Json:
+    """Picture and prompt of every sample that is known, of the run and of its sweeps."""
+    paths = {folder / "samples.json", *(path.parent.parent / "samples.json" for path in folder.rglob("sweep.json"))}
+    return {name: sample for path in sorted(paths) for name, sample in (read_json(path) or {}).items()}
 
 
 def _sweeps(folder: Path) -> list[Sweep]:

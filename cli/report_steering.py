@@ -12,6 +12,7 @@ from .report_files import ANY, NUMBER, PAIR, TEXT, Shape
 from .report_samples import asked, by_size, spread
 from .report_values import Json, Picture, Pictures, as_number, fixed, get, interval, scaled, verdict
 
+_QUALITY = {"elsewhere": "accuracy elsewhere, %", "overall": "VQA accuracy, %"}
 _KEPT = 0.9  # of the unsteered quality: what the best run must have at least
 _EXAMPLES = 6
 _ROWS = 12
@@ -224,7 +225,7 @@ def _target(sweep: Sweep, samples: Json, pictures: Pictures) -> Json:
         "facts": _facts(sweep),
         "figures": sweep.figures,
         "quality": quality,
-        "quality_name": "VQA accuracy, %" if sweep.asks else quality,
+        "quality_name": _QUALITY.get(quality, quality),
         "rows": rows,
         "best": next(row for row in rows if row.best),
         "unsteered": rows[0],

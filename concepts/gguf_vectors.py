@@ -127,7 +127,9 @@ def _block(path: Path, site: str, vector: Tensor) -> int:
             "lm.block.N; make the vector at a block"
         )
     if int(match[1]) == 0:
-        raise ValueError(f"{path}: llama.cpp cannot steer 'lm.block.0' (it has no direction.0); choose a later block")
+        raise ValueError(
+            f"{path}: llama.cpp cannot steer 'lm.block.0' (it has no direction.0); choose later blocks (--site)"
+        )
     if vector.ndim != 1:
         raise ValueError(
             f"{path}: llama.cpp adds one vector to all states, and that of {site!r} has {len(vector)}, one for each "

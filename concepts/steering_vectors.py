@@ -4,7 +4,7 @@ Notation: D hidden size, K concepts, S shuffled controls.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,20 @@ class SteeringVectors:
                 f"{'no vector' if vector is None else list(vector.shape)}"
             )
         return as_rows(controls.flatten(0, -2), f"the shuffled controls of {site}").cpu().reshape(controls.shape)
+
+    def at(self, sites: Sequence[str] | None) -> "SteeringVectors":
+        """Those of some sites; all by default.
+
+        Raises:
+            ValueError: there is none for one of them.
+        """
+        if sites is None:
+            return self
+        for site in sites:
+            if site not in self.vectors:
+                raise ValueError(f"there is no vector for the site {site!r}, only for {', '.join(self.vectors)}")
+        vectors, shuffled = ({site: of[site] for site in sites if site in of} for of in (self.vectors, self.shuffled))
+        return SteeringVectors(vectors, shuffled, self.metadata)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write them to one safetensors file; see `save_artifact` for the errors of writing."""

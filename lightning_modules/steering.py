@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..concepts import SteeringVectors, load_dictionary, load_steering_vectors
+from ..concepts import ConceptDictionary, SteeringVectors, content_hash, load_dictionary, load_steering_vectors
 from .backbone import Steering
 from .backbone.interventions import Condition, Mode
 
@@ -16,6 +16,11 @@ def dictionary_file(path: str) -> Path:
     """The file of a dictionary, of which the folder may be given; it need not be there yet."""
     given = Path(path)
     return given if given.suffix == ".safetensors" else given / _DICTIONARY
+
+
+def dictionary_hash(dictionary: ConceptDictionary) -> str:
+    """Tells the concepts of two dictionaries apart."""
+    return content_hash({"dictionary": dictionary.dictionary})
 
 
 @dataclass
@@ -34,7 +39,7 @@ class SteeringStep:
         dictionary: Folder or file of a dictionary of this site, for `concept`; vectors that were made for each concept
             know theirs.
         concept: Steer only samples whose last prompt state has this as its strongest concept.
-        threshold: Steer samples in which the activation of `concept` exceeds this instead.
+        threshold: Steer samples in which the activation of `concept` exceeds this in absolute value instead.
     """
 
     file: str
@@ -84,6 +89,11 @@ class SteeringStep:
             raise ValueError(
                 f"the vector has width {vectors.vectors[site].shape[-1]}, but the concepts of {file} have {width}"
             )
+        made_at = dictionary.metadata.get("site", site)
+        if made_at != site:
+            raise ValueError(f"its site is {site}, but the concepts of {file} are of {made_at}")
+        if by_concept and vectors.metadata.get("dictionary_hash") not in (None, dictionary_hash(dictionary)):
+            raise ValueError(f"it was made for other concepts than those of {file}; make it anew")
         if by_concept and len(vectors.vectors[site]) != concepts:
             raise ValueError(f"it has {len(vectors.vectors[site])} vectors for the {concepts} concepts of {file}")
         if not by_concept and self.concept is None:

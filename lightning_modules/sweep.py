@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatchcase
 from functools import cached_property
 from glob import glob
 from pathlib import Path
@@ -62,7 +63,7 @@ class SteeringSweep(BackboneModule):
             Names have no `/`.
         alphas: Strengths. The unsteered model (α = 0) is always there.
         positions: Selectors of positions.
-        sites: Where to steer; by default every site that a file has a vector for.
+        sites: Where to steer: names or wildcards; by default every site that a file has a vector for.
         modes: `add`, `project_away`, `replace`, `clamp`.
         random: Random directions of the vector's length, as controls of each steered run.
         shuffled: Vectors made from shuffled labels, as controls of each steered run; at most as many as the file has.
@@ -149,7 +150,7 @@ class SteeringSweep(BackboneModule):
         runs: dict[SweepRun, Steering | None] = {SweepRun(UNSTEERED, "unsteered"): None}
         for name, file in self.files.items():
             loaded = load_steering_vectors(file)
-            for site in self.site_names or list(loaded.vectors):
+            for site in self._sites(file, list(loaded.vectors)):
                 controls = loaded.shuffled.get(site, ())[: self.shuffled]
                 if len(controls) < self.shuffled:
                     rank_zero_warn(
@@ -166,6 +167,18 @@ class SteeringSweep(BackboneModule):
                     for number, vector in enumerate(controls):
                         runs[_control(run, "shuffled", number)] = replace(steering, vector=vector)
         return runs
+
+    def _sites(self, file: str, known: list[str]) -> list[str]:
+        """The sites of a file to steer at."""
+        chosen: dict[str, None] = {}
+        for pattern in self.site_names or known:
+            found = [site for site in known if fnmatchcase(site, pattern)]
+            if not found:
+                raise ValueError(
+                    f"--model.init_args.sites: {file} has no vector for {pattern!r}, only for {', '.join(known)}"
+                )
+            chosen |= dict.fromkeys(found)
+        return list(chosen)
 
     def _grid(self) -> list[tuple[float, str, Mode]]:
         alphas = dict.fromkeys(alpha for alpha in self.alphas if alpha)

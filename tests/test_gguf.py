@@ -85,7 +85,7 @@ def test_what_llama_cpp_cannot_add(tmp_path: Path) -> None:
     out = tmp_path / "steer.gguf"
     one = torch.ones(4)
     for made, message in (
-        ({"lm.block.0": one}, r"cannot steer 'lm.block.0' \(it has no direction.0\); choose a later block"),
+        ({"lm.block.0": one}, r"cannot steer 'lm.block.0' \(it has no direction.0\); choose later blocks"),
         ({"lm.norm": one}, "'lm.norm' is no lm.block.N; make the vector at a block"),
         ({"vision.block.2": one}, "'vision.block.2' is no lm.block.N"),
         ({"lm.block.1": torch.ones(2, 4)}, "that of 'lm.block.1' has 2, one for each concept"),

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conceptshift.callbacks.parts.sweep_figures import show_sweep
-from conceptshift.callbacks.parts.sweep_scores import QUALITY, Target, score_sweep
+from conceptshift.callbacks.parts.sweep_scores import Target, score_sweep
 from conceptshift.cli.main import main
 from conceptshift.cli.report import write_report
 from conceptshift.cli.report_steering import Sweep, steering_view
@@ -316,8 +316,8 @@ def test_what_the_scorer_writes_is_understood(tmp_path: Path, task: str) -> None
         one.name: {i: (wanted if one.name == "v" and i != "3" else plain).format(i) for i in samples} for one in runs
     }
     target = Target(answer="yes") if task == "vqa" else Target(words=frozenset({"red"}))
-    rows, _ = score_sweep(runs, texts, samples, target)
-    write_sweep(tmp_path, sweep() | {"task": task, "quality": QUALITY[task], "runs": rows}, texts)
+    quality, rows, _ = score_sweep(runs, texts, samples, target)
+    write_sweep(tmp_path, sweep() | {"task": task, "quality": quality, "runs": rows}, texts)
     page = Page(write_report(tmp_path))
     (v,) = (row for row in page.tables[f"Runs of {tmp_path.name}"] if row[0] == "v")
     assert v[2] == "1 ◆ (on the Pareto front)"

@@ -42,7 +42,7 @@ def vqa(count: int, seed: int = 0) -> tuple[Texts, dict[str, Sample]]:
 
 
 def scored(texts: Texts, samples: dict[str, Sample], target: Target) -> dict[str, Row]:
-    rows, _ = score_sweep([run for run in RUNS if run.name in texts], texts, samples, target)
+    _, rows, _ = score_sweep([run for run in RUNS if run.name in texts], texts, samples, target)
     return {row["name"]: row for row in rows}
 
 
@@ -83,14 +83,15 @@ def test_scores_changes_and_paired_intervals() -> None:
 def test_pareto_front_rises_and_selection(seed: int) -> None:
     """By brute force; few questions, so that there are ties."""
     texts, samples = vqa(5, seed)
-    rows = scored(texts, samples, Target(answer="no"))
+    quality, listed, _ = score_sweep(RUNS, texts, samples, Target(answer="no"))
+    rows = {row["name"]: row for row in listed}
     compared = {name: row["scores"] for name, row in rows.items() if row["kind"] in ("unsteered", "steered")}
     for name, row in rows.items():
         mine = row["scores"]
         beaten = any(
             other["target"] >= mine["target"]
-            and other["overall"] >= mine["overall"]
-            and (other["target"] > mine["target"] or other["overall"] > mine["overall"])
+            and other[quality] >= mine[quality]
+            and (other["target"] > mine["target"] or other[quality] > mine[quality])
             for other in compared.values()
         )
         assert row["pareto"] == (name in compared and not beaten)
@@ -136,8 +137,9 @@ def test_captions_are_scored_as_a_set() -> None:
     draw = random.Random(0)
     words = "a red blue circle star dog on the beach in space two".split()
     texts = {run.name: {i: " ".join(draw.choices(words, k=6)) for i in samples} for run in RUNS}
-    rows, values = score_sweep(RUNS, texts, samples, Target(words=frozenset({"red", "blue"})))
+    quality, rows, values = score_sweep(RUNS, texts, samples, Target(words=frozenset({"red", "blue"})))
     references = {i: list(sample.references) for i, sample in samples.items()}
+    assert quality == "CIDEr"
     for row in rows:
         wanted = caption_scores(texts[row["name"]], references)
         assert {name: row["scores"][name] for name in wanted} == pytest.approx(wanted)
@@ -161,7 +163,7 @@ def test_nothing_undefined_reaches_the_file(task: str, count: int, text: str, tm
     target = Target(words=frozenset({"red"})) if task == "caption" else Target(answer="no")
     texts = {run.name: dict.fromkeys(samples, text) for run in RUNS}
     texts["a-2.0"] = dict.fromkeys(samples, "no red")
-    rows, _ = score_sweep(RUNS, texts, samples, target)
+    _, rows, _ = score_sweep(RUNS, texts, samples, target)
     quality = "CIDEr" if task == "caption" else "overall"
     sweep = {"name": "x", "task": task, "target": "no", "quality": quality, "samples": count, "skipped": {},
              "runs": rows, "selected": clear_directions(rows)}  # fmt: skip
@@ -222,9 +224,28 @@ def test_what_is_to_be_avoided_counts_where_it_is_absent() -> None:
     samples = {i: question(0) for i in "abc"}
     runs = [SweepRun("unsteered", "unsteered"), SweepRun("s", "steered", alpha=1.0)]
     with_it, without = (
-        score_sweep(runs, texts, samples, Target(answer="no", avoid=avoid))[0] for avoid in (False, True)
+        score_sweep(runs, texts, samples, Target(answer="no", avoid=avoid))[1] for avoid in (False, True)
     )
     assert [row["scores"]["target"] for row in with_it] == pytest.approx([1 / 3, 0])
     assert [row["scores"]["target"] for row in without] == pytest.approx([2 / 3, 1])
     assert [row["pareto"] for row in with_it] == [True, False]
     assert [row["pareto"] for row in without] == [True, True]
+
+
+def test_quality_is_the_accuracy_where_nothing_is_to_change() -> None:
+    """Of answers on the questions of other types than the target's; overall where there are no others."""
+    texts, samples = vqa(30)
+    quality, rows, _ = score_sweep(RUNS, texts, samples, Target(answer="2"))
+    assert quality == "elsewhere"
+    for row in rows:
+        others = [
+            vqa_accuracy(texts[row["name"]][i], sample.answers)
+            for i, sample in samples.items()
+            if sample.answer_type != "number"
+        ]
+        assert row["scores"]["elsewhere"] == pytest.approx(np.mean(others))
+    alone = {i: sample for i, sample in samples.items() if sample.answer_type == "number"}
+    of_alone = {run: {i: of_run[i] for i in alone} for run, of_run in texts.items()}
+    quality, rows, _ = score_sweep(RUNS, of_alone, alone, Target(answer="2"))
+    assert quality == "overall"
+    assert "elsewhere" not in rows[0]["scores"]

@@ -197,7 +197,8 @@ def _point(row: Row, quality: str) -> tuple[float, float]:
 
 
 def _quality_name(sweep: Json) -> str:
-    return "VQA accuracy" if sweep["task"] == "vqa" else str(sweep["quality"])
+    names = {"elsewhere": "VQA accuracy on questions of other types", "overall": "VQA accuracy"}
+    return names.get(sweep["quality"], str(sweep["quality"]))
 
 
 def _target_name(sweep: Json) -> str:

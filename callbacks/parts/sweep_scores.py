@@ -23,8 +23,8 @@ from ...metrics import (
     word_share_measure,
 )
 
-# What is compared between runs; the file has the rest too.
-QUALITY = {"vqa": "overall", "caption": "CIDEr"}
+# Accuracy on the questions that steering should leave alone.
+_ELSEWHERE = "elsewhere"
 # Answers whose count rose most, in the file.
 _RISES = 10
 
@@ -51,23 +51,26 @@ class Target:
 
 def score_sweep(
     runs: Sequence[SweepRun], texts: Mapping[str, Mapping[str, str]], samples: Mapping[str, Sample], target: Target
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+) -> tuple[str, list[dict[str, Any]], list[dict[str, Any]]]:
     """Score every run.
 
     Args:
         runs: The runs, the unsteered one among them.
         texts: Run → id → text, of the same ids.
-        samples: id → sample, of at least these ids.
+        samples: id → sample, of the same ids.
         target: What steering is to bring about.
 
     Returns:
-        One row a run: what it is, `scores` and `intervals` (95 %), `changes` from the unsteered run with their paired
-        intervals, `pareto` (whether no other steered run, nor the unsteered one, is at least as good in both target and
-        quality and better in one), and for answers `rises` and `selection`. And one row a run and sample:
-        its text and values.
+        Which score is the quality: of captions CIDEr; of answers the accuracy `elsewhere`, on questions of other types
+        than the target's, which are to stay as they are, or overall where there are none. One row a run: what it is,
+        `scores` and `intervals` (95 %), `changes` from the unsteered run with their paired intervals, `pareto` (whether
+        no other steered run, nor the unsteered one, is at least as good in both target and quality and better in one),
+        and for answers `rises` and `selection`. And one row a run and sample: its text and values.
     """
     before = answer_counts(texts[UNSTEERED].values())
-    unsteered = bootstrap(_measures(texts[UNSTEERED], texts[UNSTEERED], samples, target))
+    plain = _measures(texts[UNSTEERED], texts[UNSTEERED], samples, target)
+    quality = next(name for name in (_ELSEWHERE, "overall", "CIDEr") if name in plain)
+    unsteered = bootstrap(plain)
     rows: list[dict[str, Any]] = []
     values: list[dict[str, Any]] = []
     for run in runs:
@@ -86,8 +89,9 @@ def score_sweep(
             row |= _answers(before, answer_counts(texts[run.name].values()))
         rows.append(row)
         values += _values(run.name, texts[run.name], measures)
-    front = _front({row["name"]: _goals(row, target) for row in rows if row["kind"] in ("unsteered", "steered")})
-    return [{**row, "pareto": row["name"] in front} for row in rows], values
+    compared = [row for row in rows if row["kind"] in ("unsteered", "steered")]
+    front = _front({row["name"]: (row["scores"]["target"], row["scores"][quality]) for row in compared})
+    return quality, [{**row, "pareto": row["name"] in front} for row in rows], values
 
 
 def clear_directions(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -118,7 +122,23 @@ def _measures(
         }
         for i in ids
     }
-    return {**vqa_measures(rows), **common}
+    accuracy = vqa_measures(rows)
+    kind = _target_type(samples, target)
+    others = [
+        None if samples[i].answer_type == kind else accuracy["overall"].statistics[at, 0] for at, i in enumerate(ids)
+    ]
+    elsewhere = {} if others.count(None) == len(others) else {_ELSEWHERE: mean_measure(others)}
+    return {**accuracy, **elsewhere, **common}
+
+
+def _target_type(samples: Mapping[str, Sample], target: Target) -> str:
+    """The type of most questions that somebody answers so."""
+    kinds = Counter(
+        sample.answer_type
+        for sample in samples.values()
+        if target.answer in {normalize_answer(answer) for answer in sample.answers}
+    )
+    return max(sorted(kinds), key=lambda kind: kinds[kind], default="")
 
 
 def _target(texts: Mapping[str, str], target: Target) -> Measure:
@@ -138,10 +158,6 @@ def _answers(before: Counter[str], after: Counter[str]) -> dict[str, Any]:
         "rises": {answer: rises[answer] for answer in most},
         "selection": asdict(select_direction(before, after)),
     }
-
-
-def _goals(row: Mapping[str, Any], target: Target) -> tuple[float, float]:
-    return row["scores"]["target"], row["scores"][QUALITY[target.task]]
 
 
 def _front(goals: Mapping[str, tuple[float, float]]) -> Collection[str]:

@@ -164,8 +164,12 @@ def attach(site: Site, change: Change) -> RemovableHandle:
     return site.module.register_forward_pre_hook(before, with_kwargs=True)
 
 
-class _Applied:
+class Applied:
     """One intervention at work on a model.
+
+    Attributes:
+        samples: How many samples have come by.
+        passed: How many of them its condition let pass, where it has one.
 
     What does not change from one generated token to the next is computed once a pass: steering must not be felt in the
     time that a token takes.
@@ -178,6 +182,8 @@ class _Applied:
         self.selector = None if isinstance(steering.positions, Tensor) else Selector.parse(steering.positions)
         if site.positions == "image" and self.selector is not None:
             self.selector = Selector.parse("image")
+        self.samples = 0
+        self.passed = 0
         self._pass: RunningPass | None = None
         self._vector = steering.vector
         self._passing: Tensor | None = None
@@ -216,6 +222,9 @@ class _Applied:
                 self._passing = condition.dictionary.transform(asked)[:, condition.concept].abs() > condition.threshold
             if self.steering.by_concept:
                 vector = vector[strongest.clamp_min(0)]
+                self._passing &= vector.any(dim=-1)
+            self.passed += int(self._passing.sum())
+        self.samples += len(state)
         vector = vector.unsqueeze(-2)
         if self.steering.mode == "add":
             # α s in the precision of the states, rounded once.
@@ -280,7 +289,7 @@ class _Applied:
 
 
 @contextmanager
-def intervening(site: Site, steering: Steering, current: Callable[[], RunningPass | None]) -> Iterator[None]:
+def intervening(site: Site, steering: Steering, current: Callable[[], RunningPass | None]) -> Iterator[Applied]:
     """Apply one intervention within the context.
 
     Args:
@@ -293,9 +302,10 @@ def intervening(site: Site, steering: Steering, current: Callable[[], RunningPas
     """
     if site.positions == "patches":
         raise ValueError(f"site {site.name!r}: steering works on sites of the language model (projector, lm.*)")
-    handle = attach(site, _Applied(site, steering, current))
+    applied = Applied(site, steering, current)
+    handle = attach(site, applied)
     try:
-        yield
+        yield applied
     finally:
         handle.remove()
 

@@ -20,7 +20,7 @@ from transformers import AutoConfig
 
 from .destinations import DESTINATION, ORIGINAL, changed_weights, exchanged, is_adapter
 from .generation import Generation, Prefilled
-from .interventions import Capture, RunningPass, Steering, intervening
+from .interventions import Applied, Capture, RunningPass, Steering, intervening
 from .loading import image_token_id, load_pretrained, tensor_hash
 from .parts import lora_targets
 from .patch_grid import PatchGrid, find_patch_grid
@@ -266,18 +266,19 @@ class VisionLanguageModel(nn.Module):
         return list(resolve_sites(self.model, patterns, self.source).values())
 
     @contextmanager
-    def intervene(self, *interventions: Steering) -> Iterator[None]:
+    def intervene(self, *interventions: Steering) -> Iterator[list[Applied]]:
         """Apply interventions to every pass within the context; they end with it, whatever happens.
 
         Several at one site are applied in the order given.
         """
+        applied = []
         with ExitStack() as stack:
             for steering in interventions:
                 found = self.sites([steering.site])
                 if len(found) != 1:
                     raise ValueError(f"site {steering.site!r} matches {len(found)} sites; choose one of them")
-                stack.enter_context(intervening(found[0], steering, lambda: self._pass))
-            yield
+                applied.append(stack.enter_context(intervening(found[0], steering, lambda: self._pass)))
+            yield applied
 
     def try_steering(self, inputs: dict[str, Tensor], interventions: Sequence[Steering], max_new_tokens: int) -> None:
         """Apply interventions to a first batch, to learn at once what does not fit the model or its prompts.
@@ -288,7 +289,8 @@ class VisionLanguageModel(nn.Module):
             max_new_tokens: Tokens to generate at most.
 
         Raises:
-            ValueError: A vector does not fit its site, or a selector matches nothing in these prompts and what follows.
+            ValueError: A vector does not fit its site, a selector matches nothing in these prompts and what follows, or
+                states are no longer finite.
         """
         prompts = prompts_only(inputs, self.tokenizer.pad_token_id)
         width = prompts["input_ids"].shape[1]
@@ -304,7 +306,9 @@ class VisionLanguageModel(nn.Module):
                     f"{max_new_tokens - 1} follow it"
                 )
         with self.intervene(*interventions):
-            self.generate(inputs, 1)
+            states = self.generate(inputs, 1, self.sites(["lm.norm"])).states["lm.norm"]
+        if not states.isfinite().all():
+            raise ValueError("steering makes hidden states infinite; choose a smaller alpha")
 
     @torch.inference_mode()
     def prefill(self, inputs: dict[str, Tensor]) -> Prefilled:

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...datamodules.files import replacing
+from ...datamodules.files import replacing, write_json
 from .interventions import Steering
 from .model import VisionLanguageModel
 from .parts import part_finder
 from .sites import Site
 
+# Says what was steered, and that the folder may be replaced.
+_NOTE = "steering.json"
 # What the configuration calls the biases of the projector, and of the layers that write to the residual stream.
 _PROJECTOR_BIAS, _BLOCK_BIAS = "multimodal_projector_bias", "mlp_bias"
 
@@ -26,7 +28,7 @@ def save_steered(backbone: VisionLanguageModel, steering: Steering, folder: Path
         backbone: The model, without adapter.
         steering: Added with one α at every position of a block (`lm.block.k`, positions `all`), or at every visual
             token (`projector`).
-        folder: Folder to write; an older one is replaced, but not the one that the model was loaded from.
+        folder: Folder to write; an earlier export is replaced, but not the one that the model was loaded from.
         inputs: Encoded prompts on which both models are compared.
 
     Returns:
@@ -36,8 +38,8 @@ def save_steered(backbone: VisionLanguageModel, steering: Steering, folder: Path
         ValueError: The steering is no constant, the architecture has no bias there, or the written model differs from
             the steered one by more than rounding or by half of what steering changes; nothing is written then.
     """
-    if folder.exists() and not (folder / "config.json").is_file():
-        raise ValueError(f"{folder}: exists and is no model; choose a new folder")
+    if folder.exists() and not (folder / _NOTE).is_file():
+        raise ValueError(f"{folder}: exists, and is no earlier export of a steered model; choose a new folder")
     if folder.resolve() == Path(backbone.source).resolve():
         raise ValueError(f"{folder}: is the model that is steered; choose a new folder")
     (site,) = backbone.sites([steering.site])
@@ -48,6 +50,8 @@ def save_steered(backbone: VisionLanguageModel, steering: Steering, folder: Path
         backbone.model.save_pretrained(working, state_dict=state)
         backbone.processor.save_pretrained(working)
         config.save_pretrained(working)
+        note = {"model": backbone.source, "site": steering.site, "alpha": steering.alpha, "bias": f"{name}.bias"}
+        write_json(working / _NOTE, note)
         written = VisionLanguageModel.load(str(working), attention=backbone.model.config._attn_implementation)
         plain = backbone.logits(inputs)
         with backbone.intervene(steering):
