@@ -12,8 +12,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from ..lightning_modules import BackboneModule, SteeringStep
 from ..lightning_modules.backbone import Steering
 from ..lightning_modules.backbone.interventions import Applied
-from .parts.first_sample import try_on_first_sample, warn_of_other_weights
 from .parts.processes import gather
+from .parts.steering_checks import try_on_longest_prompt, warn_of_other_weights
 
 
 class Steerer(Callback):
@@ -49,7 +49,7 @@ class Steerer(Callback):
         """Try the vectors on the first sample, then begin to steer."""
         assert isinstance(pl_module, BackboneModule)
         warn_of_other_weights([step.file for step in self.vectors], pl_module.backbone)
-        try_on_first_sample(trainer, pl_module, [self._loaded])
+        try_on_longest_prompt(trainer, pl_module, [self._loaded])
         self._applied = self._active.enter_context(pl_module.backbone.intervene(*self._loaded))
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

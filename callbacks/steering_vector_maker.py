@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch import Tensor
@@ -30,6 +31,8 @@ from .parts.sources import store_folder
 from .parts.state_set_checks import check_dictionary, check_sites, check_states
 from .parts.state_sets import SelectedStates, StateSet
 
+# A vector shorter than this share of the typical state is what rounding leaves of nothing.
+_ROUNDING = 1e-6
 Method = Literal["coarse", "principal", "probe", "fine"]
 _OF_STATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "coarse": coarse_vector,
@@ -125,6 +128,11 @@ class SteeringVectorMaker(Callback):
         shuffled: dict[str, Tensor] = {}
         for site in self.sites:
             vectors[site], controls, facts = self._make(target.at(site), source.at(site))
+            if self.method == "probe":
+                of_target, of_source = ([side.ids[row] for row in side.rows] for side in (target, source))
+                facts["probe_accuracy"] = probe_accuracy(
+                    target.at(site), source.at(site), of_target, of_source, self.seed
+                )
             shuffled |= {} if controls is None else {site: controls}
             for name, value in facts.items():
                 metadata.setdefault(name, {})[site] = value
@@ -156,10 +164,10 @@ class SteeringVectorMaker(Callback):
             def make(one: Tensor, other: Tensor) -> Tensor:
                 return cluster_vectors(dictionary.dictionary, one, other)[0]
 
-        if self.method == "probe":
-            facts["probe_accuracy"] = probe_accuracy(target, source, self.seed)
         vector = make(*labelled)
         facts["length"] = vector_length(vector)
+        if facts["length"] <= _ROUNDING * float(torch.cat([target, source]).square().mean(dim=0).sum().sqrt()):
+            raise ValueError(f"{self.out}: target and source states do not differ by more than rounding")
         vector = with_length(vector, 1.0 if self.norm == "unit" else facts["length"])
         if not self.shuffled:
             return vector, None, facts

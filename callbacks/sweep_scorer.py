@@ -22,9 +22,10 @@ from ..datamodules.word_classes import word_class
 from ..lightning_modules import SteeringSweep
 from ..lightning_modules.backbone.destinations import DESTINATION
 from ..metrics import normalize_answer
-from .parts.first_sample import try_on_first_sample, warn_of_other_weights
 from .parts.processes import gather
+from .parts.questions import check_questions
 from .parts.run_description import describe_sweep
+from .parts.steering_checks import try_on_longest_prompt, warn_of_other_weights
 from .parts.sweep_figures import show_sweep
 from .parts.sweep_scores import Target, clear_directions, score_sweep
 from .steerer import Steerer
@@ -180,7 +181,7 @@ class SweepScorer(Callback):
         assert isinstance(pl_module, SteeringSweep)
         steered = [steering for run, steering in pl_module.steerings.items() if steering and run.kind == "steered"]
         warn_of_other_weights(pl_module.files.values(), pl_module.backbone)
-        try_on_first_sample(trainer, pl_module, [[steering] for steering in steered])
+        try_on_longest_prompt(trainer, pl_module, [[steering] for steering in steered])
         if trainer.is_global_zero:
             backbone = pl_module.backbone
             hashes = {"weights_hash": backbone.weights_hash(), "adapter_hash": backbone.destination_hash(DESTINATION)}
@@ -273,8 +274,8 @@ def _difference(key: str, before: Any, now: Any) -> str:
     if isinstance(before, dict) and isinstance(now, dict):
         inner = next(name for name in sorted({*before, *now}) if before.get(name) != now.get(name))
         return _difference(f"{key}.{inner}", before.get(inner), now.get(inner))
-    short = all(len(str(value)) <= _SHORT for value in (before, now))
-    return f"`{key}` was {before}, and is {now}" if short else f"they differ in `{key}`"
+    short = all(len(repr(value)) <= _SHORT for value in (before, now))
+    return f"`{key}` was {before!r}, and is {now!r}" if short else f"they differ in `{key}`"
 
 
 def _check_goal(name: str, goal: Target, samples: list[Sample]) -> None:
@@ -285,6 +286,8 @@ def _check_goal(name: str, goal: Target, samples: list[Sample]) -> None:
     if task != goal.task:
         wanted = {"vqa": "`answer`: the data are questions", "caption": "`words`: the data are captions"}[task]
         raise ValueError(f"target {name!r} needs {wanted}")
+    if task == "vqa":
+        check_questions(samples)
     known = Counter(normalize_answer(answer) for sample in samples for answer in sample.answers)
     if goal.answer and goal.answer not in known:
         frequent = ", ".join(answer for answer, _ in known.most_common(5))

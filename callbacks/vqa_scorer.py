@@ -5,8 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import lightning as L
+
+from ..datamodules.base import PictureDataModule
 from ..datamodules.sample import Batch
 from ..metrics import Measure, VQAAccuracy, answer_counts, learn_answer_types, normalize_answer, predicted_types
+from .parts.questions import check_questions
 from .scorer import Rows, Scorer, read_object
 
 
@@ -34,6 +38,13 @@ class VQAScorer(Scorer):
             raise ValueError("VQAScorer.training_annotations: set `out` too, for the types of the answers")
         self.training_annotations = None if training_annotations is None else Path(training_annotations)
         self._types: dict[str, str] = {}
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse what could not be done at the end."""
+        super().setup(trainer, pl_module, stage)
+        data = getattr(trainer, "datamodule", None)
+        if isinstance(data, PictureDataModule):
+            check_questions(data.samples("validate" if stage == "fit" else stage))
 
     def prepare(self) -> None:
         """Read the baseline, and learn the type of each answer."""

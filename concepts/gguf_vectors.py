@@ -92,7 +92,7 @@ def read_gguf(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ours = json.loads(fields[_OURS])
         intact = ours["content_hash"] == content_hash({name: torch.from_numpy(tensors[name]) for name in tensors})
         metadata = dict(ours["metadata"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged: its metadata is not what was written ({error}); make it anew") from error
     if not intact:
         raise ValueError(f"{path} is damaged: its tensors do not have the recorded content hash; make it anew")

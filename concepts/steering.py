@@ -5,7 +5,7 @@ Notation: Z_target [N, D], Z_source [M, D] states, U [K, D] dictionary, s [D] st
 Paper: Analyzing Fine-tuning Representation Shift (arXiv 2501.03012), section 3.3.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.sparse.linalg import svds
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import StratifiedKFold, cross_val_score
+from sklearn.model_selection import StratifiedGroupKFold, cross_val_score
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -100,26 +100,32 @@ def probe_vector(target: Tensor, source: Tensor) -> Tensor:
 
 
 @full_precision
-def probe_accuracy(target: Tensor, source: Tensor, seed: int = 0) -> float:
-    """Balanced accuracy of the probe of `probe_vector` on states that it was not fitted on; 0.5 is chance.
+def probe_accuracy(
+    target: Tensor, source: Tensor, target_ids: Sequence[str], source_ids: Sequence[str], seed: int = 0
+) -> float:
+    """Balanced accuracy of the probe of `probe_vector` on samples that it was not fitted on; 0.5 is chance.
 
     Args:
         target: states to steer to, [N, D].
         source: states to steer from, [M, D].
-        seed: seed of the folds: 5, or as many as the smaller set has states.
+        target_ids: sample of each state, [N]; all states of a sample are in one fold.
+        source_ids: the same, [M].
+        seed: seed of the folds: 5, or as many as the smaller set has samples.
 
     Returns:
         Mean over the folds, in 0 … 1.
 
     Raises:
-        ValueError: as `probe_vector`, or if a set has fewer than 2 states.
+        ValueError: as `probe_vector`, or if a set has fewer than 2 samples.
     """
     X, y = _labelled(target, source)
-    folds = min(_FOLDS, len(target), len(source))
+    samples = [len(set(ids)) for ids in (target_ids, source_ids)]
+    folds = min(_FOLDS, *samples)
     if folds < 2:
-        raise ValueError(f"a probe needs at least 2 states of each side, got {len(target)} and {len(source)}")
-    split = StratifiedKFold(folds, shuffle=True, random_state=seed)
-    return float(cross_val_score(_probe(), X, y, cv=split, scoring="balanced_accuracy").mean())
+        raise ValueError(f"a probe needs at least 2 samples of each side, got {samples[0]} and {samples[1]}")
+    split = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+    groups = [*target_ids, *source_ids]
+    return float(cross_val_score(_probe(), X, y, groups=groups, cv=split, scoring="balanced_accuracy").mean())
 
 
 def fine_vector(U: Tensor, i: int, j: int) -> Tensor:
@@ -221,12 +227,12 @@ def shuffled_vectors(
 ) -> tuple[Tensor, list[float]]:
     """Controls: what the same method makes of the same states when it is not known which are the target's.
 
-    Both sides are dealt anew, as many states to each as before, and to each the same share of the old target. Plain
-    shuffling would leave a little more of it on one side, and where target and source lie far apart that little is
-    most of the control: it would steer as the real vector does, or against it. Pairs are dealt anew too, of two states
-    of one old side: swapping within pairs would only change signs of differences, and leave the principal direction as
-    it is. A vector from shuffled labels is short and would hardly steer, so each gets the length of the real one: it
-    shall differ by its direction alone.
+    Both sides are dealt anew, and each gets half of either old one. Plain shuffling would leave a little more of the
+    old target on one side, and where target and source lie far apart that little is most of the control: it would steer
+    as the real vector does, or against it. Pairs are dealt anew too, of two states of one old side: swapping within
+    pairs would only change signs of differences, and leave the principal direction as it is. A vector from shuffled
+    labels is short and would hardly steer, so each gets the length of the real one: it shall differ by its direction
+    alone.
 
     Args:
         make: makes the vector, [D] or [K, D], of target and source.
@@ -255,13 +261,14 @@ def shuffled_vectors(
 
 
 def _dealt(target: Tensor, source: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """New sides [N, …] and [M, …], each with the same share of the old target; what is left of a state is drawn."""
-    share = len(target) ** 2 / (len(target) + len(source))
-    stay = int(share + float(torch.rand((), generator=generator)))
-    go = len(target) - stay
-    target = target[torch.randperm(len(target), generator=generator).to(target.device)]
-    source = source[torch.randperm(len(source), generator=generator).to(source.device)]
-    return torch.cat([target[:stay], source[:go]]), torch.cat([target[stay:], source[go:]])
+    """New sides, each with half of either old one; of an odd number one is left out."""
+    halves = []
+    for states in (target, source):
+        drawn = states[torch.randperm(len(states), generator=generator).to(states.device)]
+        half = len(states) // 2
+        halves.append((drawn[:half], drawn[half : 2 * half]))
+    (one, other), (third, fourth) = halves
+    return torch.cat([one, third]), torch.cat([other, fourth])
 
 
 def _both(target: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:

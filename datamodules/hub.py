@@ -273,7 +273,8 @@ class HubDataModule(PictureDataModule):
             return self._kept(datasets.Image().embed_storage(as_named)[0].as_py()["bytes"])
         if self.folder is not None:
             return image_path(self.folder, name)
-        if not Path(name).is_absolute():
+        cache = Path(datasets.config.HF_CACHE_HOME).resolve()
+        if not Path(name).resolve().is_relative_to(cache):
             raise ValueError(f"{self.path}: has no picture {name!r}, only its name; download them, and give a folder")
         return Path(name)
 

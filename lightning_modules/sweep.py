@@ -9,6 +9,7 @@ from functools import cached_property
 from glob import glob
 from pathlib import Path
 from typing import Any, Literal
+from zlib import crc32
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
@@ -156,13 +157,16 @@ class SteeringSweep(BackboneModule):
                     rank_zero_warn(
                         f"{file}: {len(controls)} vectors from shuffled labels for {site}, not {self.shuffled}"
                     )
+                loaded_step = SteeringStep(file, site=site).load()
                 for alpha, positions, mode in self._grid():
-                    steering = SteeringStep(file, alpha, positions, mode, site).load()
-                    label = f"{name} {mode} {alpha:.15g} at {site} {positions}"
+                    steering = replace(loaded_step, alpha=alpha, positions=positions, mode=mode)
+                    label = f"{name} {mode} {repr(alpha).removesuffix('.0')} at {site} {positions}"
                     run = SweepRun(label, "steered", name, site, alpha, positions, mode)
                     runs[run] = steering
                     for number in range(self.random):
-                        vector = random_vector_like(steering.vector, self.seed + number)
+                        # A direction for each vector and site, the same at all strengths.
+                        seed = crc32(f"{name} {site} {number} {self.seed}".encode())
+                        vector = random_vector_like(steering.vector, seed)
                         runs[_control(run, "random", number)] = replace(steering, vector=vector)
                     for number, vector in enumerate(controls):
                         runs[_control(run, "shuffled", number)] = replace(steering, vector=vector)

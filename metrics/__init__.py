@@ -14,10 +14,21 @@ from .published import published_scores
 from .rows import RowMetric
 from .statistics import bootstrap_interval, paired_bootstrap_interval, paired_t_test
 from .text import text_measures
-from .vqa import VQAAccuracy, answer_counts, normalize_answer, vqa_accuracy, vqa_measures, vqa_scores
+from .vqa import (
+    ANSWER_TYPES,
+    N_ANSWERS,
+    VQAAccuracy,
+    answer_counts,
+    normalize_answer,
+    vqa_accuracy,
+    vqa_measures,
+    vqa_scores,
+)
 from .word_share import word_share, word_share_measure
 
 __all__ = [
+    "ANSWER_TYPES",
+    "N_ANSWERS",
     "BertScorer",
     "CaptionScores",
     "ClipEncoder",

@@ -157,12 +157,17 @@ def test_a_block_that_changes_what_its_last_layer_writes(
 
 def test_folders_that_are_not_written_to(export: Run, tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
-    assert "other: exists and is no model; choose a new folder" in export(out="other").error
+    assert (
+        "other: exists, and is no earlier export of a steered model; choose a new folder" in export(out="other").error
+    )
     (tmp_path / "file").write_text("text")
-    assert "file: exists and is no model" in export(out="file").error
+    assert "file: exists, and is no earlier export" in export(out="file").error
     shutil.copytree(tiny, tmp_path / "model")
     before = (tmp_path / "model" / "model.safetensors").read_bytes()
-    assert "model: is the model that is steered" in export(out="./model", model=tmp_path / "model").error
+    assert "model: exists, and is no earlier export" in export(out="model").error
+    assert export(out="steered").status == 0
+    assert export(out="steered").status == 0, "an earlier export is replaced"
+    assert "steered: is the model that is steered" in export(out="./steered", model=tmp_path / "steered").error
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
 
 

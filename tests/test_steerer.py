@@ -42,9 +42,9 @@ def file(tmp_path: Path, direction: Tensor) -> str:
     return str(path)
 
 
-def dictionary(folder: Path, width: int = 64, concepts: int = 3) -> Path:
+def dictionary(folder: Path, width: int = 64, concepts: int = 3, site: str = "lm.block.1") -> Path:
     states = torch.randn(40, width, generator=torch.Generator().manual_seed(1))
-    KMeans(concepts, seed=0).fit(states).save(folder / "dictionary.safetensors", {"site": "lm.block.1"})
+    KMeans(concepts, seed=0).fit(states).save(folder / "dictionary.safetensors", {"site": site})
     return folder
 
 
@@ -128,11 +128,12 @@ def test_a_step_with_a_condition_loads_its_dictionary(tmp_path: Path, file: str,
         ({"site": "lm.block.0", "alpha": float("inf")}, "`alpha` must be a finite number"),
         ({"site": "lm.block.0", "positions": "answer_mean"}, "known only after generation"),
         ({"site": "lm.block.0", "positions": "everywhere"}, "selector 'everywhere': expected one of"),
-        ({"site": "lm.block.0", "positions": "900:"}, "positions '900:' match nothing: the prompt has"),
+        ({"site": "lm.block.0", "positions": "900:"}, "positions '900:' match nothing at 'lm.block.0': the prompt has"),
         ({"site": "lm.block.0", "concept": 1}, "`dictionary` must name the dictionary"),
         ({"site": "lm.block.0", "dictionary": "DICT"}, "`dictionary` needs a `concept`"),
         ({"site": "lm.block.0", "dictionary": "DICT", "concept": 9}, "`concept` must be one of 0 … 2"),
         ({"site": "lm.block.0", "dictionary": "WIDE", "concept": 0}, "but the concepts of"),
+        ({"site": "lm.block.1", "dictionary": "DICT", "concept": 0}, "are of lm.block.0"),
     ],
 )
 def test_what_does_not_fit_is_told_at_start(
@@ -140,13 +141,15 @@ def test_what_does_not_fit_is_told_at_start(
 ) -> None:
     for name, width in (("DICT", 64), ("WIDE", 80)):
         (tmp_path / name).mkdir()
-        dictionary(tmp_path / name, width)
+        dictionary(tmp_path / name, width, site="lm.block.0")
     step = {"file": file, **step}
     if "dictionary" in step:
         step["dictionary"] = str(tmp_path / str(step["dictionary"]))
     # As YAML writes it: JSON's Infinity is none of its numbers.
     given = [f"{key}: {'.inf' if value == float('inf') else json.dumps(value)}" for key, value in step.items()]
-    done = validate(*SCORER, "--trainer.callbacks+=Steerer", f"--trainer.callbacks.vectors=[{{{', '.join(given)}}}]")
+    done = validate(
+        *SCORER, "--trainer.callbacks+=Steerer", f"--trainer.callbacks.vectors=[{{{', '.join(given)}}}]", **QUESTIONS
+    )
     assert message in done.error
     assert not Path("scores.json").exists()
 

@@ -242,7 +242,9 @@ def test_a_selector_that_matches_nothing_is_told_at_once(
     inputs = encoded(model, pictures, [0], targets=False)
     width = inputs["input_ids"].shape[1]
     model.try_steering(inputs, [Steering("lm.block.1", vector, 1.0, f"{width + 3}:")], 5)
-    with pytest.raises(ValueError, match=rf"positions '{width + 4}:' match nothing: the prompt has {width} positions"):
+    with pytest.raises(
+        ValueError, match=rf"positions '{width + 4}:' match nothing at 'lm.block.1': the prompt has {width} positions"
+    ):
         model.try_steering(inputs, [Steering("lm.block.1", vector, 1.0, f"{width + 4}:")], 5)
     with pytest.raises(ValueError, match="width 63"):
         model.try_steering(inputs, [Steering("lm.block.1", torch.ones(63))], 5)

@@ -25,6 +25,7 @@ from conceptshift.datamodules import Batch, Sample
 from conceptshift.datamodules.stored_features import FeatureShardWriter, FeatureStore, begin_store, merge_store
 from conceptshift.lightning_modules import Extraction
 from conceptshift.lightning_modules.backbone import Rows
+from conceptshift.lightning_modules.steering import dictionary_hash
 
 Run = Callable[..., Any]
 
@@ -264,7 +265,7 @@ def test_principal(replay: Run, tmp_path: Path) -> None:
 
 
 def test_probe(replay: Run, tmp_path: Path) -> None:
-    store = write_store(tmp_path / "store")
+    store = write_store(tmp_path / "store", {**SAMPLES, "f": Planted("Yes", "safe", [[0, 1], [2, 1]])})
     assert (
         replay(store.folder, target="{selector: answer, label: unsafe}", source=YES_NO["source"], method="probe").status
         == 0
@@ -272,13 +273,17 @@ def test_probe(replay: Run, tmp_path: Path) -> None:
     made = load_steering_vectors("vector.safetensors")
     target, source = torch.tensor(read(store, label="unsafe")), torch.tensor(read(store, answer="yes"))
     torch.testing.assert_close(made.vectors["lm.block.1"], probe_vector(target, source))
-    assert made.metadata["probe_accuracy"] == {"lm.block.1": probe_accuracy(target, source)}
+    ids = []
+    for side in (StateSet("answer", label="unsafe"), StateSet("answer", answer="yes")):
+        found = side.read(store, "lm.block.1")
+        ids.append([found.ids[row] for row in found.rows])
+    assert made.metadata["probe_accuracy"] == {"lm.block.1": probe_accuracy(target, source, ids[0], ids[1])}
 
 
 def test_fine(replay: Run, tmp_path: Path) -> None:
     store = write_store(tmp_path / "store")
     path = fitted(tmp_path / "dictionary.safetensors", "lm.block.1", [[1, 0], [0, 9], [5, 1]])
-    done = replay(store.folder, **YES_NO, method="fine", dictionary=path, shuffled=2)
+    done = replay(store.folder, **YES_NO, method="fine", dictionary=path, shuffled=0)
     assert done.status == 0, done.err
     made = load_steering_vectors("vector.safetensors")
     dictionary = load_dictionary(path)
@@ -288,7 +293,7 @@ def test_fine(replay: Run, tmp_path: Path) -> None:
     assert made.metadata["concept_pairs"] == {"lm.block.1": [list(pair) for pair in pairs]}
     assert len(pairs) == 1
     assert made.metadata["dictionary"] == str(path)
-    assert made.shuffled["lm.block.1"].shape == (2, 3, 2)
+    assert made.metadata["dictionary_hash"] == dictionary_hash(dictionary)
     of_concept = f"{{selector: answer, concept: {{dictionary: {path}, index: {pairs[0][1]}}}}}"
     assert replay(store.folder, **{**YES_NO, "target": of_concept}).status == 0
     assert load_steering_vectors("vector.safetensors").vectors["lm.block.1"].tolist() == [4, 1]
@@ -297,7 +302,7 @@ def test_fine(replay: Run, tmp_path: Path) -> None:
 
 def test_target_and_source_that_do_not_differ(replay: Run, tmp_path: Path) -> None:
     store = write_store(tmp_path / "store")
-    assert "must not be zero" in replay(store.folder, **{**YES_NO, "target": YES_NO["source"]}).error
+    assert "do not differ by more than rounding" in replay(store.folder, **{**YES_NO, "target": YES_NO["source"]}).error
 
 
 # --- what is refused at the start -----------------------------------------------------------------------

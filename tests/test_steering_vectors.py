@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,20 @@ def test_probe_is_nearly_the_difference_of_means_where_states_vary_equally() -> 
     torch.testing.assert_close(probe_vector(50 * target + 7, 50 * source + 7), 50 * vector, rtol=1e-2, atol=1e-1)
 
 
+def accuracy(target: Tensor, source: Tensor) -> float:
+    """Of states that are of a sample each."""
+    return probe_accuracy(target, source, [f"t{i}" for i in range(len(target))], [f"s{i}" for i in range(len(source))])
+
+
+def test_states_of_one_sample_do_not_tell_of_each_other() -> None:
+    """Labels that have nothing to do with the states, eight states a sample: chance, though they are alike."""
+    centres = noise(60, 50)
+    states = (centres[:, None] + 0.1 * noise(480, 50, seed=1).view(60, 8, 50)).flatten(0, 1)
+    ids = [f"{sample}" for sample in range(60) for _ in range(8)]
+    assert accuracy(states[:240], states[240:]) > 0.9
+    assert abs(probe_accuracy(states[:240], states[240:], ids[:240], ids[240:]) - 0.5) < 0.2
+
+
 def test_probe_avoids_a_direction_in_which_both_sides_vary_much() -> None:
     scales = torch.tensor([20.0, 1.0, 1.0, 1.0])
     target, source = noise(500, 4) * scales, noise(500, 4, seed=1) * scales
@@ -123,22 +138,36 @@ def test_probe_avoids_a_direction_in_which_both_sides_vary_much() -> None:
     target[:, 1] += 3
     assert cosine(coarse_vector(target, source), torch.eye(4)[0]) > 0.7
     assert cosine(probe_vector(target, source), torch.eye(4)[1]) > 0.98
-    assert probe_accuracy(target, source) == pytest.approx(0.93, abs=0.03)  # Φ(3 / 2)
+    assert accuracy(target, source) == pytest.approx(0.93, abs=0.03)  # Φ(3 / 2)
 
 
 def test_probe_accuracy_is_of_states_that_the_probe_has_not_seen() -> None:
     # More coordinates than states: any labels can be told apart on the states that were fitted.
     states = noise(80, 200)
-    assert abs(probe_accuracy(states[:40], states[40:]) - 0.5) < 0.2
-    assert probe_accuracy(states[:40] + 1, states[40:]) > 0.95
+    assert abs(accuracy(states[:40], states[40:]) - 0.5) < 0.2
+    assert accuracy(states[:40] + 1, states[40:]) > 0.95
     # Balanced: to call everything the larger side is chance.
-    assert abs(probe_accuracy(noise(300, 3), noise(20, 3, seed=1)) - 0.5) < 0.15
+    assert abs(accuracy(noise(300, 3), noise(20, 3, seed=1)) - 0.5) < 0.15
     # The smaller side has as many states as there are folds.
-    assert probe_accuracy(noise(2, 3) + 9, noise(30, 3, seed=1)) == 1
-    with pytest.raises(ValueError, match="at least 2 states of each side, got 1 and 40"):
-        probe_accuracy(states[:1], states[40:])
+    assert accuracy(noise(2, 3) + 9, noise(30, 3, seed=1)) == 1
+    with pytest.raises(ValueError, match="at least 2 samples of each side, got 1 and 40"):
+        accuracy(states[:1], states[40:])
     with pytest.raises(ValueError, match="all of target and source are equal"):
         probe_vector(torch.ones(3, 4), torch.ones(2, 4))
+
+
+@pytest.mark.parametrize(("n", "m"), [(50, 50), (51, 51), (5, 60), (201, 200)])
+@pytest.mark.parametrize("make", [coarse_vector, principal_vector])
+def test_shuffled_controls_do_not_know_the_direction(make: Callable[..., Tensor], n: int, m: int) -> None:
+    """Nor its opposite, far apart as the sides may lie, and odd as their numbers may be."""
+    if make is principal_vector:
+        m = n
+    apart = torch.zeros(64)
+    apart[0] = 30
+    target, source = noise(n, 64) + apart, noise(m, 64, seed=1)
+    controls, _ = shuffled_vectors(make, target, source, 1.0, 8, seed=0)
+    assert float((controls @ (apart / 30)).abs().max()) < 0.6
+    assert cosine(make(target, source), apart) > 0.9
 
 
 # --- between concepts -----------------------------------------------------------------------------------
@@ -232,13 +261,14 @@ def test_shuffled_controls_differ_by_their_direction_alone(make: type) -> None:
 
 
 def test_a_shuffled_difference_of_means_is_one() -> None:
-    """With one state against two there are three ways to deal them, and all come."""
-    target, source = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0], [5.0, 5.0]])
+    """Of two states on either side there are two ways to deal them out in halves, and their opposites; all come."""
+    target, source = torch.tensor([[1.0, 0.0], [0.0, 3.0]]), torch.tensor([[0.0, 1.0], [5.0, 5.0]])
     controls, _ = shuffled_vectors(coarse_vector, target, source, 1.0, 40, seed=0)
-    pooled = torch.cat([target, source])
-    ways = {
-        tuple(normalize(3 * pooled[i] - pooled.sum(dim=0), dim=0).mul(1e4).round().int().tolist()) for i in range(3)
-    }
+    ways = set()
+    for i in (0, 1):
+        for j in (0, 1):
+            difference = target[i] + source[j] - target[1 - i] - source[1 - j]
+            ways.add(tuple(normalize(difference, dim=0).mul(1e4).round().int().tolist()))
     assert {tuple(control.mul(1e4).round().int().tolist()) for control in controls} == ways
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from zlib import crc32
 
 import pyarrow.parquet as pq
 import pytest
@@ -115,12 +116,31 @@ def one_by_one(
     return texts
 
 
+def test_visual_tokens_are_steered_where_they_stand(
+    sweep: Run, shared_backbone: VisionLanguageModel, shapes: Path
+) -> None:
+    """At the projector: by `all` and `image` alike, by a range in part; the prompt in the cache does not serve."""
+    SteeringVectors({"projector": 8 * vector(1)}, {}, {}).save("visual.safetensors")
+    positions = ["all", "image", "0:30"]
+    assert sweep(vectors={"v": "visual.safetensors"}, positions=positions, data_limit=3).status == 0
+    ways: dict[str, Sequence[Steering]] = {"unsteered": ()} | {
+        f"v add 6 at projector {where}": [Steering("projector", 8 * vector(1), 6.0, where)] for where in positions
+    }
+    texts = texts_of()
+    assert texts == one_by_one(shared_backbone, shapes, ways, 3)
+    whole, image, part = (texts[f"v add 6 at projector {where}"] for where in positions)
+    assert whole == image != part
+    assert texts["unsteered"] not in (image, part)
+    error = sweep("--trainer.callbacks.overwrite=true", vectors={"v": "visual.safetensors"}, positions=["answer"]).error
+    assert "positions 'answer' match nothing at 'projector'" in error
+
+
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_every_run_is_what_intervene_gives_one_by_one(
     sweep: Run, shared_backbone: VisionLanguageModel, shapes: Path, batch_size: int
 ) -> None:
-    """Where the prompt in the cache serves and where it does not, at the visual tokens too; with controls."""
-    sites = {"projector": 8 * vector(1), "lm.block.0": vector(), "lm.norm": -vector(2)}
+    """Where the prompt in the cache serves and where it does not; with controls."""
+    sites = {"lm.block.0": vector(), "lm.norm": -vector(2)}
     SteeringVectors(sites, {"lm.block.0": vector(3)[None]}, {}).save("several.safetensors")
     positions = ["answer", "last_prompt", "generated", "all", "image", "0:70"]
     done = sweep(
@@ -133,7 +153,9 @@ def test_every_run_is_what_intervene_gives_one_by_one(
         for where in positions:
             name = f"several add 6 at {site} {where}"
             ways[name] = [Steering(site, s, 6.0, where)]
-            ways[f"{name}, random 0"] = [Steering(site, random_vector_like(s, 0), 6.0, where)]
+            ways[f"{name}, random 0"] = [
+                Steering(site, random_vector_like(s, crc32(f"several {site} 0 0".encode())), 6.0, where)
+            ]
             if site == "lm.block.0":
                 ways[f"{name}, shuffled 0"] = [Steering(site, vector(3), 6.0, where)]
     texts = texts_of()
@@ -312,15 +334,16 @@ def test_another_run_is_refused(sweep: Run, tmp_path: Path, make_adapter: Callab
     before = files("swept")
     others: list[tuple[str, dict[str, Any]]] = [
         ("runs", {"alphas": [5.0]}),
-        ("data", {"data_prompt": "\nSay."}),
+        ("data.prompt` was ", {"data_prompt": "\nSay."}),
         ("max_new_tokens", {"max_new_tokens": 3}),
         ("adapter", {"adapter": None}),
     ]
     for key, change in others:
         error = sweep(**base | change).error
-        assert f"swept: holds a sweep of another run (they differ in `{key}`)" in error
+        assert "swept: holds a sweep of another run (" in error
+        assert f"`{key}" in error
     dictionary.with_concepts(-dictionary.dictionary).save(tmp_path / "dictionary.safetensors", {"site": "lm.block.1"})
-    assert "differ in `vectors`" in sweep(**base).error
+    assert "differ in `vectors." in sweep(**base).error
     dictionary.save(tmp_path / "dictionary.safetensors", {"site": "lm.block.1"})
     make_adapter(tiny, adapter, 0.2)
     assert "differ in `adapter_hash`" in sweep(**base).error
@@ -410,7 +433,7 @@ def test_two_processes_and_a_finished_sweep(sweep: Run, tiny: Path, shapes: Path
         ({"vectors": {"v": "deep.safetensors"}}, "site 'lm.block.9' not found: the model has"),
         ({"alphas": []}, "alphas needs at least one entry"),
         ({"alphas": [0.0]}, "alphas must be finite, and one at least not 0"),
-        ({"sites": ["lm.block.1"]}, "it has none for the site 'lm.block.1': it has vectors for lm.block.0"),
+        ({"sites": ["lm.block.1"]}, "sites: toward.safetensors has no vector for 'lm.block.1', only for lm.block.0"),
         ({"positions": ["nowhere"]}, "selector 'nowhere': expected one of"),
         ({"positions": ["answer_mean"]}, "known only after generation"),
         ({"positions": ["900:"]}, "positions '900:' match nothing"),

@@ -15,7 +15,7 @@ from conceptshift.callbacks.parts.sweep_scores import Target, clear_directions, 
 from conceptshift.datamodules.files import write_json
 from conceptshift.datamodules.sample import Sample
 from conceptshift.lightning_modules.sweep import UNSTEERED, SweepRun
-from conceptshift.metrics import caption_scores, vqa_accuracy
+from conceptshift.metrics import caption_scores, normalize_answer, vqa_accuracy
 
 Row = dict[str, Any]
 Texts = dict[str, dict[str, str]]
@@ -56,7 +56,7 @@ def test_scores_changes_and_paired_intervals() -> None:
         if measure == "target":
             return [float(texts[run][i] in ("no", "No.")) for i in ids]
         if measure == "changed":
-            return [float(texts[run][i] != texts[UNSTEERED][i]) for i in ids]
+            return [float(normalize_answer(texts[run][i]) != normalize_answer(texts[UNSTEERED][i])) for i in ids]
         return [vqa_accuracy(texts[run][i], samples[i].answers) for i in ids]
 
     draws = np.random.default_rng(99).integers(60, size=(20_000, 60))

@@ -108,7 +108,8 @@ def _measures(
     texts: Mapping[str, str], unsteered: Mapping[str, str], samples: Mapping[str, Sample], target: Target
 ) -> dict[str, Measure]:
     ids = sorted(texts)
-    changed = [float(texts[i] != unsteered[i]) for i in ids]
+    said = normalize_answer if target.task == "vqa" else str
+    changed = [float(said(texts[i]) != said(unsteered[i])) for i in ids]
     common = {"target": _target(texts, target), **text_measures(texts), "changed": mean_measure(changed)}
     if target.task == "caption":
         references = {i: list(samples[i].references) for i in ids}

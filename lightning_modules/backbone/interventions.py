@@ -65,7 +65,7 @@ class Steering:
         alpha: Strength α. A list is a schedule over the answer: its first value holds for the prompt and the state
             that predicts the first token, the second for the next state, and the last one from there on.
         positions: The positions to change: a selector, or a boolean mask over each sample's sequence without padding
-            [B, L]. Padding is never changed.
+            [B, L]. Padding is never changed, and at `projector` only visual tokens are.
         mode: What f′ is.
         condition: Which samples to steer; all of them by default.
     """
@@ -83,6 +83,14 @@ class Steering:
             raise ValueError(f"`alpha` must be a finite number, or a list of at least one, got {self.alpha}")
         if self.mode not in get_args(Mode):
             raise ValueError(f"`mode` must be one of {', '.join(get_args(Mode))}, got {self.mode!r}")
+        if self.vector.ndim not in (1, 2):
+            raise ValueError(f"a steering vector must be [D], or [B, D] or [K, D], got {list(self.vector.shape)}")
+        if self.condition is not None and self.by_concept:
+            concepts = len(self.condition.dictionary.dictionary)
+            if len(self.vector) != concepts:
+                raise ValueError(f"{len(self.vector)} vectors for the {concepts} concepts of a dictionary")
+        if isinstance(self.positions, Tensor) and self.positions.dtype != torch.bool:
+            raise ValueError(f"a mask of positions must be boolean, got {self.positions.dtype}")
         if not self.vector.isfinite().all():
             raise ValueError(f"the steering vector for {self.site!r} is not finite; make it anew")
         if isinstance(self.positions, str) and Selector.parse(self.positions).needs_answer:
@@ -180,8 +188,6 @@ class Applied:
         self.steering = steering
         self.current = current
         self.selector = None if isinstance(steering.positions, Tensor) else Selector.parse(steering.positions)
-        if site.positions == "image" and self.selector is not None:
-            self.selector = Selector.parse("image")
         self.samples = 0
         self.passed = 0
         self._pass: RunningPass | None = None
@@ -211,7 +217,7 @@ class Applied:
     def _begin(self, running: RunningPass, state: Tensor, start: int) -> None:
         """Choose each sample's vector, and the samples that the condition lets pass."""
         vector, condition = self.steering.vector.to(state.device, torch.float32), self.steering.condition
-        self._check_shapes(state)
+        self._check_shapes(state, running.token_map.roles.shape[1] - start)
         self._passing = None
         if condition is not None:
             rows = torch.arange(len(state), device=state.device)
@@ -235,12 +241,14 @@ class Applied:
 
     def _mask(self, token_map: TokenMap, start: int, length: int) -> Tensor | bool:
         """The columns from `start` on to change [B, length]; all or none of them where that is known without a mask."""
+        is_image = self.site.positions == "image"
         if self.selector is not None:
             if start >= token_map.roles.shape[1] and (known := self.selector.while_generating) is not None:
-                return known
-            return self.selector.mask(token_map, start, length)
+                return known and not is_image
+            selected = self.selector.mask(token_map, start, length)
+            return selected & (token_map.window(start, length) == Role.IMAGE) if is_image else selected
         roles = token_map.window(start, length)
-        allowed = roles == Role.IMAGE if self.site.positions == "image" else roles != Role.PAD
+        allowed = roles == Role.IMAGE if is_image else roles != Role.PAD
         assert isinstance(self.steering.positions, Tensor)
         chosen = self.steering.positions.to(roles.device)
         indices = torch.arange(start, start + length, device=roles.device) - token_map.first_column[:, None]
@@ -273,8 +281,13 @@ class Applied:
             along = along - torch.linalg.vector_norm(self._vector, dim=-1, keepdim=True)
         return (full - alpha * along * direction).to(state.dtype)
 
-    def _check_shapes(self, state: Tensor) -> None:
-        samples, _, width = state.shape
+    def _check_shapes(self, state: Tensor, columns: int) -> None:
+        samples, length, width = state.shape
+        if length != columns:
+            raise ValueError(
+                f"site {self.site.name!r} has {length} states a sample where there are {columns} positions; choose a "
+                "module of the language model, or `projector`"
+            )
         vector, positions = self.steering.vector, self.steering.positions
         if vector.shape[-1] != width:
             raise ValueError(

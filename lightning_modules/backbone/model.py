@@ -295,15 +295,18 @@ class VisionLanguageModel(nn.Module):
         prompts = prompts_only(inputs, self.tokenizer.pad_token_id)
         width = prompts["input_ids"].shape[1]
         token_map = self._map(prompts, torch.full((len(prompts["input_ids"]),), width, device=self.model.device))
+        # The last token that can be generated has no state.
+        columns = width + max_new_tokens - 1
         for steering in interventions:
-            is_image = self.sites([steering.site])[0].positions == "image"
-            positions = "image" if is_image else steering.positions
-            # The last token that can be generated has no state.
-            columns = width + max_new_tokens - 1
-            if isinstance(positions, str) and not Selector.parse(positions).mask(token_map, 0, columns).any():
+            if not isinstance(steering.positions, str):
+                continue
+            selected = Selector.parse(steering.positions).mask(token_map, 0, columns)
+            if self.sites([steering.site])[0].positions == "image":
+                selected &= token_map.window(0, columns) == Role.IMAGE
+            if not selected.any():
                 raise ValueError(
-                    f"positions {positions!r} match nothing: the prompt has {width} positions, and at most "
-                    f"{max_new_tokens - 1} follow it"
+                    f"positions {steering.positions!r} match nothing at {steering.site!r}: the prompt has {width} "
+                    f"positions, and at most {max_new_tokens - 1} follow it"
                 )
         with self.intervene(*interventions):
             states = self.generate(inputs, 1, self.sites(["lm.norm"])).states["lm.norm"]
@@ -385,8 +388,9 @@ class VisionLanguageModel(nn.Module):
     @torch.inference_mode()
     def logits(self, inputs: dict[str, Tensor]) -> Tensor:
         """Logits [B, T, tokens] of an encoded batch with any padding, steered where the model is."""
-        ids = inputs["input_ids"]
-        starts, answers = torch.full((len(ids),), ids.shape[1], device=ids.device), None
+        ids, kept = inputs["input_ids"], inputs["attention_mask"]
+        # Behind the last token, whatever the padding.
+        starts, answers = ids.shape[1] - kept.flip(1).to(torch.uint8).argmax(dim=1), None
         if "labels" in inputs:
             starts = (inputs["labels"] != IGNORED).to(torch.uint8).argmax(dim=1)
             answers = [[0]] * len(ids)  # there are some, and which does not matter

@@ -73,7 +73,7 @@ def _distance(logits: Tensor, expected: Tensor) -> float:
 
 
 def _check_constant(site: Site, steering: Steering) -> None:
-    whole = steering.positions == "all" or site.positions == "image"
+    whole = steering.positions == "all" or (site.positions == "image" and steering.positions == "image")
     where = site.name == "projector" or site.name.startswith("lm.block.")
     plain = steering.mode == "add" and len(steering.strengths) == 1 and steering.condition is None
     if not (whole and where and plain and steering.vector.ndim == 1):

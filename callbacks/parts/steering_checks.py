@@ -32,8 +32,10 @@ def warn_of_other_weights(files: Iterable[str], backbone: VisionLanguageModel) -
             )
 
 
-def try_on_first_sample(trainer: L.Trainer, module: BackboneModule, steerings: Iterable[Iterable[Steering]]) -> None:
-    """Apply each group of interventions to the first sample of the running stage, if its picture can be read.
+def try_on_longest_prompt(trainer: L.Trainer, module: BackboneModule, steerings: Iterable[Iterable[Steering]]) -> None:
+    """Apply each group of interventions to the sample with the longest prompt, if its picture can be read.
+
+    The longest, because a range of positions may lie behind the others.
 
     Args:
         trainer: The trainer.
@@ -47,6 +49,7 @@ def try_on_first_sample(trainer: L.Trainer, module: BackboneModule, steerings: I
     if not isinstance(data, PictureDataModule):
         return
     stage = _STAGES.get(str(trainer.state.stage.value if trainer.state.stage else ""), "validate")
-    first = next(iter(data.batches(data.samples(stage)[:1], module.encode))).to(module.device)
-    for group in steerings if first.samples else ():
-        module.backbone.try_steering(first.inputs, list(group), module.max_new_tokens)
+    longest = max(data.samples(stage), key=lambda sample: len(sample.prompt))
+    batch = next(iter(data.batches([longest], module.encode))).to(module.device)
+    for group in steerings if batch.samples else ():
+        module.backbone.try_steering(batch.inputs, list(group), module.max_new_tokens)
