@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info
 
 from ..datamodules.base import PictureDataModule
 from ..datamodules.files import write_whole
@@ -21,6 +22,8 @@ from ..metrics import Measure, RowMetric, bootstrap, difference
 from .parts.processes import gather
 
 Rows = Mapping[str, dict[str, Any]]
+# Answers whose count has changed most that are told.
+_TOLD = 3
 
 
 class Scorer(Callback, ABC):
@@ -187,6 +190,8 @@ class Scorer(Callback, ABC):
             if self.out is not None:
                 content = self._content(rows, measures)
                 write_scores(self.out, {**content, "scores": scores, "skipped": skipped})
+                if "changes" in content:
+                    rank_zero_info(f"{self.out}: {_told(content['changes'])}")
         return dict(trainer.strategy.broadcast(scores))
 
     def _content(self, rows: Rows, measures: dict[str, Measure]) -> dict[str, Any]:
@@ -236,6 +241,13 @@ class Scorer(Callback, ABC):
     def _defined(self, rows: Rows) -> dict[str, Measure]:
         """Without those that no sample has a value of."""
         return {name: measure for name, measure in self.measures(rows).items() if not math.isnan(measure.value)}
+
+
+def _told(changes: dict[str, Any]) -> str:
+    """What has changed, in a line."""
+    share = f"{changes['changed']:.1%} of {changes['samples']} texts differ from {changes['baseline']}"
+    answers = list(changes.get("answers", {}).items())[:_TOLD]
+    return "; ".join([share, *(f"{answer!r} {before} → {after}" for answer, (before, after) in answers)])
 
 
 def read_object(path: Path, option: str, *keys: str) -> dict[str, Any]:

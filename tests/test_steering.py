@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conceptshift.concepts import KMeans
+from conceptshift.concepts import PCA, KMeans
 from conceptshift.lightning_modules import VisionLanguageModel
 from conceptshift.lightning_modules.backbone import Condition, Generation, Selector, Steering
 from conceptshift.lightning_modules.backbone.prompts import append_answers
@@ -249,3 +249,22 @@ def test_a_selector_that_matches_nothing_is_told_at_once(
     with pytest.raises(ValueError, match="width 63"):
         model.try_steering(inputs, [Steering("lm.block.1", torch.ones(63))], 5)
     assert hooks(model) == before
+
+
+def test_a_threshold_is_of_the_absolute_activation(
+    shared_backbone: VisionLanguageModel, pictures: list[Image.Image], vector: Tensor
+) -> None:
+    """Of a signed dictionary both ends pass."""
+    model, site = shared_backbone, "lm.block.1"
+    inputs = encoded(model, pictures, range(5), targets=False)
+    generation = model.generate(inputs, 1, model.sites([site]))
+    states = generation.select(Selector.parse("last_prompt"), model.vocabulary).states[site]
+    dictionary = PCA(2).fit(states)
+    V = dictionary.transform(states)[:, 0]
+    assert (V > 0).any()
+    assert (V < 0).any()
+    threshold = float(V.abs().sort().values[2]) - 1e-4
+    with model.intervene(Steering(site, vector, condition=Condition(dictionary, 0, threshold))) as (applied,):
+        model.generate(inputs, 2)
+    assert (applied.passed, applied.samples) == (3, 5)
+    assert 0 < int((V > threshold).sum()) < 3
