@@ -267,4 +267,4 @@ def test_a_threshold_is_of_the_absolute_activation(
     with model.intervene(Steering(site, vector, condition=Condition(dictionary, 0, threshold))) as (applied,):
         model.generate(inputs, 2)
     assert (applied.passed, applied.samples) == (3, 5)
-    assert 0 < int((V > threshold).sum()) < 3
+    assert int((threshold < V).sum()) in (1, 2), "some of them are negative"
