@@ -52,11 +52,12 @@ def save_artifact(
         text = json.dumps(header, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"metadata of {path} must be JSON with finite numbers: {error}") from error
-    _write(path, safetensors.torch.save(stored, metadata={_HEADER: text}))
+    write_bytes(path, safetensors.torch.save(stored, metadata={_HEADER: text}))
     return digest
 
 
-def _write(path: Path, data: bytes) -> None:
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file: the whole file appears, or nothing changes and an OSError tells why."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

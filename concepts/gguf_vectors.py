@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ._optional import require
-from .artifacts import _write, content_hash
+from .artifacts import content_hash, write_bytes
 
 _ARCHITECTURE = "controlvector"
 _MODEL_HINT = f"{_ARCHITECTURE}.model_hint"
@@ -60,7 +60,7 @@ def write_gguf(path: Path, vectors: Mapping[str, Tensor], metadata: Mapping[str,
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        _write(path, working.read_bytes())
+        write_bytes(path, working.read_bytes())
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -197,7 +197,7 @@ def _point(row: Row, quality: str) -> tuple[float, float]:
 
 
 def _quality_name(sweep: Json) -> str:
-    names = {"elsewhere": "VQA accuracy on questions of other types", "overall": "VQA accuracy"}
+    names = {"elsewhere": "VQA accuracy elsewhere", "overall": "VQA accuracy"}
     return names.get(sweep["quality"], str(sweep["quality"]))
 
 
