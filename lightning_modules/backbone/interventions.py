@@ -175,12 +175,12 @@ def attach(site: Site, change: Change) -> RemovableHandle:
 class Applied:
     """One intervention at work on a model.
 
+    What does not change from one generated token to the next is computed once a pass: steering must not be felt in the
+    time that a token takes.
+
     Attributes:
         samples: How many samples have come by.
         passed: How many of them its condition let pass, where it has one.
-
-    What does not change from one generated token to the next is computed once a pass: steering must not be felt in the
-    time that a token takes.
     """
 
     def __init__(self, site: Site, steering: Steering, current: Callable[[], RunningPass | None]) -> None:
@@ -265,7 +265,7 @@ class Applied:
         return torch.tensor(strengths, device=device)[token.clamp(0, len(strengths) - 1)][:, :, None]
 
     def _changed(self, state: Tensor, alpha: Tensor | float) -> Tensor:
-        """F + α (f′ − f), of all positions."""
+        """All states as they become: f + α (f′ − f)."""
         if self.steering.mode == "add":
             scaled = self._vector if isinstance(alpha, float) else (alpha * self._vector.float()).to(state.dtype)
             return state + scaled
