@@ -217,7 +217,7 @@ def test_a_folder_without_words(checked: Run, tmp_path: Path, predict: Run) -> N
 
 def test_a_site_of_the_vision_tower(checked: Run) -> None:
     done = checked(site="vision.block.1", selector="image")
-    assert "ablation works on sites of the language model" in done.error
+    assert "hidden states can be changed at sites of the language model only" in done.error
 
 
 @pytest.mark.parametrize(("name", "value", "least"), [("samples", 0, 1), ("random", 18, 19), ("batch_size", 0, 1)])

@@ -182,7 +182,7 @@ def test_a_vector_of_another_width(
 @pytest.mark.parametrize(
     ("site", "positions", "message"),
     [
-        ("vision.block.0", "all", r"steering works on sites of the language model"),
+        ("vision.block.0", "all", r"can be changed at sites of the language model only"),
         ("lm.block.9", "all", r"site 'lm\.block\.9' not found"),
         ("lm.block.*", "all", r"lm\.block\.\*"),
         ("lm.block.1", "answer_mean", r"known only after generation"),

@@ -314,7 +314,7 @@ def intervening(site: Site, steering: Steering, current: Callable[[], RunningPas
         ValueError: The site is in the vision tower.
     """
     if site.positions == "patches":
-        raise ValueError(f"site {site.name!r}: steering works on sites of the language model (projector, lm.*)")
+        raise ValueError(f"site {site.name!r}: hidden states can be changed at sites of the language model only (projector, lm.*)")
     applied = Applied(site, steering, current)
     handle = attach(site, applied)
     try:
