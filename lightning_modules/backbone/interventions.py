@@ -314,7 +314,9 @@ def intervening(site: Site, steering: Steering, current: Callable[[], RunningPas
         ValueError: The site is in the vision tower.
     """
     if site.positions == "patches":
-        raise ValueError(f"site {site.name!r}: hidden states can be changed at sites of the language model only (projector, lm.*)")
+        raise ValueError(
+            f"site {site.name!r}: hidden states can be changed at sites of the language model only (projector, lm.*)"
+        )
     applied = Applied(site, steering, current)
     handle = attach(site, applied)
     try:
