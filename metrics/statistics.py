@@ -6,9 +6,9 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
+from .bootstrap import bootstrap, mean_measure
+
 _Array = npt.NDArray[np.float64]
-# Resampled values held at a time.
-_CHUNK = 4_000_000
 # A spread this far below the values is rounding.
 _ROUNDING = 1e-12
 
@@ -30,16 +30,8 @@ def bootstrap_interval(
     Raises:
         ValueError: If there is no value, one is not finite, or `level` is not between 0 and 1.
     """
-    if not 0 < level < 1:
-        raise ValueError(f"`level` must lie between 0 and 1, got {level}: 0.95 is customary")
-    x = _finite(values, "values")
-    if len(x) == 1:
-        return float(x[0]), float(x[0])
-    found = stats.bootstrap(
-        (x,), np.mean, n_resamples=resamples, batch=max(1, _CHUNK // len(x)), vectorized=True,
-        confidence_level=level, method="percentile", rng=np.random.default_rng(seed),
-    )  # fmt: skip
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+    mean = mean_measure(_finite(values, "values").tolist())
+    return bootstrap({"mean": mean}, resamples, seed)["mean"].interval(level)
 
 
 def paired_bootstrap_interval(

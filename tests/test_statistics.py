@@ -90,12 +90,6 @@ def test_bootstrap_follows_seed_and_scale() -> None:
     assert bootstrap_interval([0.3]) == (0.3, 0.3)
 
 
-def test_bootstrap_does_not_depend_on_how_much_is_held_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = bootstrap_interval(DEXTRO, resamples=1000)
-    monkeypatch.setattr("conceptshift.metrics.statistics._CHUNK", 70)
-    assert bootstrap_interval(DEXTRO, resamples=1000) == whole
-
-
 def test_errors() -> None:
     with pytest.raises(ValueError, match="`values` must be one finite value per sample, and at least one"):
         bootstrap_interval([])
