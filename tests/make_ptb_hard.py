@@ -158,4 +158,5 @@ def java_outputs(texts: list[str]) -> list[str]:
 if __name__ == "__main__":
     texts = sentences()
     pairs = sorted(zip(texts, java_outputs(texts), strict=True))
-    OUT.write_text(json.dumps(pairs, indent=0, ensure_ascii=True) + "\n", encoding="ascii")
+    lines = ",\n".join(json.dumps(pair) for pair in pairs)
+    OUT.write_text(f"[\n{lines}\n]\n", encoding="ascii")
