@@ -18,9 +18,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig
 
+from .capture import Capture
 from .destinations import DESTINATION, ORIGINAL, changed_weights, exchanged, is_adapter
 from .generation import Generation, Prefilled
-from .interventions import Applied, Capture, RunningPass, Steering, intervening
+from .interventions import Applied, RunningPass, Steering, intervening
 from .loading import image_token_id, load_pretrained, tensor_hash
 from .parts import lora_targets
 from .patch_grid import PatchGrid, find_patch_grid
