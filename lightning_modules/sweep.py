@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..concepts import content_hash, load_steering_vectors, random_vector_like
 from ..datamodules.sample import Batch
-from .backbone import Generation, Selector, Steering
+from .backbone import Selector, Steering
 from .backbone.generation import Prefilled
 from .backbone.interventions import Mode
 from .base import BackboneModule
@@ -215,31 +215,37 @@ class SteeringSweep(BackboneModule):
         """Answer one batch under every steering: run → B texts."""
         if not batch.samples:
             return {}
-        unsteered = self.backbone.generate(batch.inputs, self.max_new_tokens)
-        prefilled = self._prefill(batch, unsteered)
+        prefilled = self._prefill(batch)
         texts = {}
         for run, steering in self.steerings.items():
-            if steering is None:
-                texts[run.name] = unsteered.texts
-                continue
-            inputs = prefilled if prefilled is not None and self._leaves_prompt(run) else batch.inputs
-            with self.backbone.intervene(steering):
+            inputs = prefilled if prefilled is not None and run.name in self._leaving_prompts else batch.inputs
+            with self.backbone.intervene(*([] if steering is None else [steering])):
                 texts[run.name] = self.backbone.generate(inputs, self.max_new_tokens).texts
         return texts
 
-    def _leaves_prompt(self, run: SweepRun) -> bool:
-        """Whether nothing is steered before the last position of the prompts; visual tokens always stand there."""
-        (site,) = self.backbone.sites([run.site])
-        return site.positions == "sequence" and Selector.parse(run.positions).leaves_prompt
+    @cached_property
+    def _leaving_prompts(self) -> set[str]:
+        """Names of the runs that steer nothing before the last position of the prompts, where visual tokens stand."""
+        return {
+            run.name
+            for run, steering in self.steerings.items()
+            if steering is None
+            or (
+                Selector.parse(run.positions).leaves_prompt
+                and self.backbone.sites([run.site])[0].positions == "sequence"
+            )
+        }
 
-    def _prefill(self, batch: Batch, unsteered: Generation) -> Prefilled | None:
+    def _prefill(self, batch: Batch) -> Prefilled | None:
         """The batch's prompts in the cache, where that serves; seen on the first batch: answers must be the same."""
         if self._prefills is False:
             return None
         prefilled = self.backbone.prefill(batch.inputs)
         if self._prefills is None:
-            again = self.backbone.generate(prefilled, self.max_new_tokens)
-            self._prefills = again.texts == unsteered.texts
+            whole, cached = (
+                self.backbone.generate(inputs, self.max_new_tokens).texts for inputs in (batch.inputs, prefilled)
+            )
+            self._prefills = whole == cached
             if not self._prefills:
                 rank_zero_warn("this model answers otherwise from a prompt in the cache; every run reads it anew")
                 return None
