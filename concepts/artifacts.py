@@ -102,7 +102,9 @@ def load_artifact(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Te
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not path.is_file():
-        raise ValueError(f"{path} must be an artifact file, but there is no such file")
+        raise ValueError(
+            f"{path} must be an artifact file, but there is no such file: check the path, or run what writes it first"
+        )
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(_HEADER)

@@ -268,3 +268,16 @@ def test_a_threshold_is_of_the_absolute_activation(
         model.generate(inputs, 2)
     assert (applied.passed, applied.samples) == (3, 5)
     assert int((threshold < V).sum()) in (1, 2), "some of them are negative"
+
+
+def test_samples_whose_concept_has_no_vector_do_not_count_as_steered(
+    shared_backbone: VisionLanguageModel, pictures: list[Image.Image], vector: Tensor, clusters: tuple[KMeans, Tensor]
+) -> None:
+    model, (dictionary, assignment) = shared_backbone, clusters
+    own = torch.zeros(3, 64)
+    own[int(assignment[0])] = vector
+    steering = Steering("lm.block.1", own, positions="answer", condition=Condition(dictionary))
+    with model.intervene(steering) as (applied,):
+        model.generate(encoded(model, pictures, range(5), targets=False), 2)
+    assert (applied.passed, applied.samples) == (int((assignment == assignment[0]).sum()), 5)
+    assert 0 < applied.passed < 5

@@ -30,6 +30,7 @@ _MAPS = 6
 _HPARAMS = ("kind", "vector", "site", "alpha", "positions", "mode", "control")
 _METRICS = (
     "target",
+    "elsewhere",
     "overall",
     "yes/no",
     "number",
@@ -44,7 +45,7 @@ _METRICS = (
 
 
 def show_sweep(sweep: Json, folder: Path, loggers: Sequence[Logger]) -> None:
-    """Draw a sweep into a folder, and into TensorBoard where the run has one.
+    """Draw a sweep into a folder and into TensorBoard, whose HParams get the Pareto front and the unsteered run.
 
     Args:
         sweep: Content of `sweep.json`.
@@ -62,7 +63,9 @@ def show_sweep(sweep: Json, folder: Path, loggers: Sequence[Logger]) -> None:
             for name, figure in figures.items():
                 logger.experiment.add_figure(f"sweep/{sweep['name']}/{name}", figure, close=False)
             for number, row in enumerate(sweep["runs"]):
-                _log_hparams(logger, sweep["name"], number, row)
+                # Not all: of more than 40 runs TensorBoard hides everything until they are chosen one by one.
+                if row["pareto"] or row["kind"] == "unsteered":
+                    _log_hparams(logger, sweep["name"], number, row)
 
 
 def _log_hparams(logger: TensorBoardLogger, target: str, number: int, row: Row) -> None:
