@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conceptshift.callbacks import CaptionScorer, VQAScorer
+from conceptshift.callbacks.parts.questions import check_questions
+from conceptshift.datamodules.sample import Sample
 from conceptshift.lightning_modules import FineTuning
 from conceptshift.metrics import (
     bootstrap,
@@ -271,3 +274,15 @@ def test_predict_that_cannot_be_scored(cli: Run, validate: Run, tiny: Path, shap
     Path("store/states.parquet").unlink()
     assert "an interrupted extraction is resumed, and 8 answers are not in this run" in cli(*resumable).error
     assert not Path("predict.json").exists()
+
+
+def test_questions_that_cannot_be_scored_are_refused_before_any_is_answered(validate: Run) -> None:
+    """Captions have no answers, and not every data set has VQAv2's types."""
+    error = validate("--trainer.callbacks+=VQAScorer", data="CaptionDataModule").error
+    assert "VQA accuracy needs the 10 answers of every question, sample" in error
+    good = Sample("1", Path("x.jpg"), "?", "yes", answers=("yes",) * 10, answer_type="yes/no")
+    check_questions([good])
+    with pytest.raises(ValueError, match="sample '1' has 'unanswerable'"):
+        check_questions([good, replace(good, answer_type="unanswerable")])
+    with pytest.raises(ValueError, match="sample '1' has 9"):
+        check_questions([replace(good, answers=("yes",) * 9)])

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 from conceptshift.callbacks import Steerer
-from conceptshift.concepts import KMeans, SteeringVectors, load_steering_vectors
+from conceptshift.concepts import KMeans, SteeringVectors, load_dictionary, load_steering_vectors
 from conceptshift.datamodules.stored_features import FeatureStore
 from conceptshift.lightning_modules import SteeringStep, VisionLanguageModel
 from conceptshift.lightning_modules.backbone import Steering
+from conceptshift.lightning_modules.steering import dictionary_hash
 from torch import Tensor
 
 Run = Callable[..., Any]
@@ -113,6 +114,15 @@ def test_a_step_with_a_condition_loads_its_dictionary(tmp_path: Path, file: str,
     step = SteeringStep(str(by_concept)).load()
     assert step.by_concept
     assert torch.equal(step.vector, rows)
+    known = load_dictionary(folder / "dictionary.safetensors")
+    for concepts in (known, known.with_concepts(2 * known.dictionary)):
+        noted = {**metadata, "dictionary_hash": dictionary_hash(concepts)}
+        SteeringVectors({"lm.block.1": rows}, {}, noted).save(by_concept)
+        if concepts is known:
+            assert SteeringStep(str(by_concept)).load().by_concept
+        else:
+            with pytest.raises(ValueError, match="it was made for other concepts than those of"):
+                SteeringStep(str(by_concept)).load()
     one = SteeringStep(file, site="lm.block.1", dictionary=str(folder), concept=2, threshold=0.1).load()
     assert one.condition is not None
     assert (one.condition.concept, one.condition.threshold, one.by_concept) == (2, 0.1, False)
@@ -161,3 +171,23 @@ def test_the_order_of_two_steerers_is_unknown(validate: Run, file: str) -> None:
     assert "two Steerers at 'lm.block.0', in no known order: list both vectors under `vectors` of one Steerer" in error
     with pytest.raises(ValueError, match="at least one vector"):
         Steerer([])
+
+
+def test_vectors_of_other_weights_are_told(validate: Run, tmp_path: Path, direction: Tensor, tiny: Path) -> None:
+    """Once; it may be meant. Those of this model are not."""
+    own = VisionLanguageModel.load(str(tiny)).weights_hash()
+    for name, weights in (("ours", own), ("theirs", "else")):
+        metadata = {"target": {"store": {"weights_hash": weights, "model_id": "another-model"}}}
+        SteeringVectors({"lm.block.0": direction}, {}, metadata).save(tmp_path / f"{name}.safetensors")
+    told = "theirs.safetensors: made from the states of another-model, whose weights are not those of"
+    steps = [{"file": str(tmp_path / f"{name}.safetensors")} for name in ("ours", "theirs")]
+    with pytest.warns(UserWarning, match="theirs") as warned:
+        validate(*steerer(*steps), "--data.limit=2")
+    messages = [str(one.message) for one in warned if "made from the states of" in str(one.message)]
+    assert len(messages) == 1
+    assert told in messages[0]
+
+
+def test_a_strength_that_no_state_survives_is_refused(validate: Run, file: str) -> None:
+    step = {"file": file, "site": "lm.block.0", "alpha": 1e38}
+    assert "steering makes hidden states infinite; choose a smaller alpha" in validate(*steerer(step)).error

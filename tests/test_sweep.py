@@ -531,3 +531,11 @@ def test_tensorboard_has_the_front_with_its_scores(sweep: Run) -> None:
         known = {name: value.string_value or value.number_value for name, value in given.items()}
         assert known == {name: row[name] or (0 if name in ("alpha", "control") else 0.0) for name in known}
         assert set(known) == {"kind", "vector", "site", "alpha", "positions", "mode", "control"}
+
+
+def test_answers_of_an_unknown_sweep_are_not_thrown_away(sweep: Run) -> None:
+    assert sweep(data_limit=2).status == 0
+    Path("swept/run.json").unlink()
+    before = files("swept")
+    assert "swept: holds answers, but not run.json, which says of what" in sweep(data_limit=2).error
+    assert files("swept") == before
