@@ -281,3 +281,22 @@ def test_samples_whose_concept_has_no_vector_do_not_count_as_steered(
         model.generate(encoded(model, pictures, range(5), targets=False), 2)
     assert (applied.passed, applied.samples) == (int((assignment == assignment[0]).sum()), 5)
     assert 0 < applied.passed < 5
+
+
+@pytest.mark.parametrize("selector", ["last_prompt", "answer", "all"])
+def test_logits_are_steered_alike_on_either_side_of_the_padding(
+    shared_backbone: VisionLanguageModel, pictures: list[Image.Image], vector: Tensor, selector: str
+) -> None:
+    """Of prompts without answers the last position is the last token, wherever it stands."""
+    model = shared_backbone
+    left = encoded(model, pictures, range(5), targets=False)
+    lengths = left["attention_mask"].sum(dim=1).tolist()
+    assert len(set(lengths)) > 2
+    right = {name: value.clone() for name, value in left.items()}
+    for row, length in enumerate(lengths):
+        for name in ("input_ids", "attention_mask"):
+            right[name][row] = left[name][row].roll(length, 0)
+    with model.intervene(Steering("lm.block.1", 5 * vector, positions=selector)):
+        one, other = model.logits(left), model.logits(right)
+    for row, length in enumerate(lengths):
+        torch.testing.assert_close(one[row, -length:], other[row, :length], rtol=1e-3, atol=1e-3)
