@@ -24,6 +24,7 @@ COMMANDS = {
     "shapes": ("shapes", "generate the embedded data set"),
     "shapes-model": ("shapes_model", "write a small untrained model for it"),
     "report": ("report", "write the HTML report of a run folder"),
+    "architectures": ("architectures", "list the architectures of transformers, and which of their parts are found"),
     "sites": ("sites", "list the sites of a model"),
     "demo": ("demo", "run the whole job on the embedded data set and write a report"),
 }

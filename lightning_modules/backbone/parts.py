@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 from torch import nn
 
 from .sites import find_sites
+from .structure import Structure
 
 Part = Literal["vision_tower", "projector", "language_model"]
 """`vision_tower`: the image encoder. `language_model`: the decoder with its embeddings and the unembedding.
@@ -23,12 +24,12 @@ def part_finder(model: Any) -> Callable[[str], Part]:
     Args:
         model: The transformers model, with or without an adapter.
     """
+    structure = Structure(model)
     names = {id(module): name for name, module in model.named_modules()}
-    decoder, encoder = model.get_decoder(), model.get_encoder(modality="image")
-    language = (decoder, model.get_input_embeddings(), model.get_output_embeddings())
-    owners: dict[str, Part] = {names[id(module)]: "language_model" for module in language if module is not None}
-    if encoder is not model and encoder is not decoder:
-        owners[names[id(encoder)]] = "vision_tower"
+    language = (structure.decoder, model.get_decoder(), model.get_input_embeddings(), structure.head)
+    owners: dict[str, Part] = {names[id(module)]: "language_model" for module in language if id(module) in names}
+    if structure.image_encoder is not None:
+        owners[names[id(structure.image_encoder)]] = "vision_tower"
     # One may lie in the other: the innermost owner decides.
     return lambda name: next((owners[outer] for outer in enclosing(name) if outer in owners), "projector")
 
@@ -58,7 +59,7 @@ def lora_targets(
     """
     modules, frozen = dict(model.named_modules()), frozen_finder(model, freeze)
     if names is None:
-        part, blocks = part_finder(model), {id(module) for module in model.get_decoder().layers.modules()}
+        part, blocks = part_finder(model), {id(module) for module in Structure(model).blocks.modules()}
         owners = {
             name: part(name)
             for name, module in modules.items()
@@ -135,5 +136,5 @@ def _check_present(model: Any, parts: Sequence[Part], present: set[Part], what: 
 
 def _example(model: Any) -> str:
     """The name that a block has in this model."""
-    block = next(iter(find_sites(model).values())).module
+    block = next(iter(find_sites(Structure(model)).values())).module
     return str(next(name for name, module in model.named_modules() if module is block))

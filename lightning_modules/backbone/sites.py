@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
 
-# Models that keep their final norm under another name than `norm`.
-_NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f")
+from .structure import Structure
 
 
 @dataclass(frozen=True)
@@ -31,66 +30,47 @@ class Site:
     positions: Literal["sequence", "image", "patches"]
 
 
-def find_sites(model: Any) -> dict[str, Site]:
-    """All named sites of a transformers image-text-to-text model, in the order of computation."""
-    decoder = model.get_decoder()
-    blocks = list(decoder.layers)
+def find_sites(structure: Structure) -> dict[str, Site]:
+    """All named sites of a model, in the order of computation."""
+    blocks = list(structure.blocks)
     sites = [
         Site(f"vision.block.{number}", block, "output", "patches")
-        for number, block in enumerate(_vision_blocks(model, decoder))
+        for number, block in enumerate(structure.image_blocks)
     ]
-    # What enters the language model holds the visual tokens after the projector, whatever module made them.
-    sites.append(Site("projector", blocks[0], "input", "image"))
+    if structure.has_visual_tokens:
+        # What enters the language model holds the visual tokens after the projector, whatever module made them.
+        sites.append(Site("projector", blocks[0], "input", "image"))
     sites.append(Site("lm.embed", blocks[0], "input", "sequence"))
     sites += [Site(f"lm.block.{number}", block, "output", "sequence") for number, block in enumerate(blocks)]
-    sites.append(Site("lm.norm", final_norm(decoder), "output", "sequence"))
+    if not isinstance(structure.norm, nn.Identity):
+        sites.append(Site("lm.norm", structure.norm, "output", "sequence"))
     return {site.name: site for site in sites}
 
 
-def final_norm(decoder: nn.Module) -> nn.Module:
-    """The norm between the last block and the unembedding.
-
-    Raises:
-        ValueError: The decoder has none under a known name.
-    """
-    for name in _NORM_NAMES:
-        if isinstance(module := getattr(decoder, name, None), nn.Module):
-            return module
-    children = ", ".join(name for name, _ in decoder.named_children())
-    raise ValueError(f"{type(decoder).__name__} has no final norm among {', '.join(_NORM_NAMES)}; it has {children}")
-
-
-def _vision_blocks(model: Any, decoder: nn.Module) -> Iterable[nn.Module]:
-    encoder = model.get_encoder(modality="image")
-    if encoder is model or encoder is decoder:
-        return ()
-    lists = [module for module in encoder.modules() if isinstance(module, nn.ModuleList)]
-    return max(lists, key=len, default=nn.ModuleList())
-
-
-def resolve_sites(model: Any, patterns: Iterable[str], source: str) -> dict[str, Site]:
+def resolve_sites(structure: Structure, patterns: Iterable[str], source: str) -> dict[str, Site]:
     """Turn names and wildcards into sites.
 
     Args:
-        model: The transformers model.
+        structure: The model's parts.
         patterns: Site names, `*` wildcards over them, or names of the model's own modules.
         source: Where the model came from, for the error message.
 
     Raises:
         ValueError: A pattern matches nothing.
     """
-    known = find_sites(model)
+    known = find_sites(structure)
     chosen: dict[str, Site] = {}
     for pattern in patterns:
         names = [name for name in known if fnmatchcase(name, pattern)]
         found = {name: known[name] for name in names} or {
             name: Site(name, module, "output", "sequence")
-            for name, module in model.named_modules()
+            for name, module in structure.model.named_modules()
             if name and fnmatchcase(name, pattern)
         }
         if not found:
+            why = f" ({structure.without_visual_tokens})" if pattern == "projector" else ""
             raise ValueError(
-                f"site {pattern!r} not found: the model has {_summary(known)}; "
+                f"site {pattern!r} not found{why}: the model has {_summary(known)}; "
                 f"`conceptshift sites --model {source}` lists them"
             )
         chosen.update(found)
@@ -100,8 +80,10 @@ def resolve_sites(model: Any, patterns: Iterable[str], source: str) -> dict[str,
 def _summary(known: dict[str, Site]) -> str:
     """`vision.block.0–3, projector, lm.embed, lm.block.0–5, lm.norm`."""
     parts: list[str] = []
-    for kind in ("vision.block", "lm.block"):
-        last = sum(name.startswith(kind) for name in known) - 1
-        if last >= 0:
-            parts.append(f"{kind}.0–{last}")
-    return ", ".join([*parts, "projector", "lm.embed", "lm.norm"])
+    for name in known:
+        kind, _, number = name.rpartition(".")
+        if not number.isdigit():
+            parts.append(name)
+        elif number == "0":
+            parts.append(f"{kind}.0–{sum(other.startswith(f'{kind}.') for other in known) - 1}")
+    return ", ".join(parts)

@@ -59,7 +59,7 @@ def write_tiny_llava(
     Returns:
         `out`.
     """
-    tokenizer = _tokenizer(corpus, vocabulary)
+    tokenizer = train_tokenizer(corpus, vocabulary)
     image_processor = CLIPImageProcessorPil(
         size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}
     )
@@ -107,7 +107,13 @@ def write_tiny_llava(
     return out
 
 
-def _tokenizer(corpus: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(corpus: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with the special tokens `<pad>`, `<s>`, `</s>` and `<image>`.
+
+    Args:
+        corpus: Texts that it is trained on.
+        vocabulary: Tokens at most, special ones included; at least 260.
+    """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
