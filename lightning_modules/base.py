@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
 
 import lightning as L
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import FSDPStrategy
+from PIL import Image
 
+from ..datamodules.sample import Batch, Sample
 from .backbone import PromptEncoder, VisionLanguageModel
+from .backbone.loading import DeviceMap, Quantization
+from .backbone.prompts import IGNORED
 from .backbone.readout import Readout
+
+Output = TypeVar("Output")
 
 
 class BackboneModule(L.LightningModule):
@@ -20,6 +32,11 @@ class BackboneModule(L.LightningModule):
         dtype: Precision of the weights: `auto` (as saved), `float32`, `bfloat16` or `float16`.
         attention: Attention implementation: `sdpa`, `eager` or `flash_attention_2`.
         max_new_tokens: Tokens to generate at most.
+        quantization: Store the linear layers in `4bit` (NF4) or `8bit` (LLM.int8()); they cannot be trained then, but
+            LoRA beside them can.
+        device_map: `auto` lays the layers of one copy of the model on all GPUs, and in main memory what is left.
+        trust_remote_code: Run the Python that the model's repository ships, with all your rights: it can read, change
+            and send whatever you can. Only for code that you have read, at the commit that `revision` names.
     """
 
     def __init__(
@@ -30,6 +47,9 @@ class BackboneModule(L.LightningModule):
         dtype: str = "auto",
         attention: str = "sdpa",
         max_new_tokens: int = 25,
+        quantization: Quantization | None = None,
+        device_map: DeviceMap | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
         if max_new_tokens < 1:
@@ -40,7 +60,11 @@ class BackboneModule(L.LightningModule):
         self.dtype_name = dtype
         self.attention = attention
         self.max_new_tokens = max_new_tokens
+        self.quantization = quantization
+        self.device_map = device_map
+        self.trust_remote_code = trust_remote_code
         self._backbone: VisionLanguageModel | None = None
+        self._most_batches = 0
 
     @property
     def backbone(self) -> VisionLanguageModel:
@@ -60,9 +84,111 @@ class BackboneModule(L.LightningModule):
         return Readout.from_model(self.backbone)
 
     def configure_model(self) -> None:
-        """Load the model, on every process, once."""
+        """Load the model, on every process, once, and leave each with its pieces where the strategy shards.
+
+        Raises:
+            ValueError: The model cannot be placed as `device_map` and the Trainer's strategy say.
+        """
         if self._backbone is None:
-            self._backbone = self.load()
+            self._check_placement()
+            backbone = self.load()
+            if self.device_mesh is not None:
+                backbone.shard(self.device_mesh["data_parallel"], self.trainer.state.fn == "fit")
+            self._backbone = backbone
+
+    def _check_placement(self) -> None:
+        if self._trainer is None:
+            return
+        if isinstance(self._trainer.strategy, FSDPStrategy):
+            raise ValueError("--trainer.strategy fsdp is not supported, its successor is: --config configs/fsdp.yaml")
+        if self.device_map is not None and self._trainer.world_size > 1:
+            raise ValueError(
+                "--model.init_args.device_map auto lays one model on all GPUs, so that there can be one process only: "
+                "add --trainer.devices 1, or leave device_map out"
+            )
+        if self.device_mesh is not None and self.device_mesh["tensor_parallel"].size() > 1:
+            raise ValueError(
+                "--trainer.strategy.init_args.tensor_parallel_size must be 1, and .data_parallel_size the number of "
+                "processes: models are sharded, not computed in parts"
+            )
+        if self.device_mesh is not None and self.quantization is not None:
+            raise ValueError(
+                "--model.init_args.quantization: packed weights cannot be sharded; use --trainer.strategy ddp, or "
+                "leave quantization out"
+            )
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        """Move or convert the module; a model that `device_map` has laid out stays where it is."""
+        return super()._apply(fn, recurse=recurse and self.device_map is None)  # type: ignore[no-untyped-call]
+
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Refuse what the model cannot read whole. Nothing is ever cut off: that could be visual tokens.
+
+        Raises:
+            ValueError: A sample is too long.
+        """
+        limit = self.context_length
+        if batch.samples and limit is not None:
+            kept = batch.inputs["attention_mask"].bool()
+            prompts = kept.sum(dim=1) - (batch.inputs["labels"] != IGNORED).sum(dim=1)
+            follow = 0 if self.trainer.training else self.max_new_tokens - 1
+            lengths = torch.maximum(kept.sum(dim=1), prompts + follow)
+            longest = int(lengths.argmax())
+            if lengths[longest] > limit:
+                images = int((batch.inputs["input_ids"][longest] == self.encode.image_token_id).sum())
+                raise ValueError(
+                    f"sample {batch.sample_ids[longest]!r} takes {int(lengths[longest])} positions (its prompt "
+                    f"{int(prompts[longest])}, of which image tokens {images}), but {self.model_id} reads {limit}, and "
+                    "nothing is cut off; shorten the prompt, take smaller pictures, or lower "
+                    "--model.init_args.max_new_tokens"
+                )
+        return batch
+
+    @cached_property
+    def context_length(self) -> int | None:
+        """Positions that the language model can read, as far as its configuration or tokenizer tells."""
+        config = self.backbone.model.config
+        if config.is_encoder_decoder:
+            return None
+        length = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+        told = self.backbone.tokenizer.model_max_length
+        # A tokenizer that knows none has a huge number there.
+        return length or (told if told < 10**9 else None)
+
+    # --- processes that wait for each other ---------------------------------------------------------------
+
+    def in_step(self, batch: Batch, run: Callable[[Batch], Output], nothing: Output) -> Output:
+        """Run a batch. Of a sharded model every pass needs all processes, and so one without samples runs too.
+
+        Args:
+            batch: The batch, which may be empty.
+            run: Runs a batch.
+            nothing: What an empty batch gives.
+        """
+        if batch.samples:
+            return run(batch)
+        if self.device_mesh is not None:
+            run(self._blank_batch())
+        return nothing
+
+    def on_predict_start(self) -> None:
+        """Check the model before any data is run, and learn how many batches the busiest process has."""
+        if self.device_mesh is not None:
+            numbers = [0] * self.trainer.world_size
+            dist.all_gather_object(numbers, self.trainer.num_predict_batches[0])
+            self._most_batches = int(max(numbers))
+        self.backbone.self_check()
+
+    def on_predict_batch_end(self, outputs: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """After the last batch, go on with empty ones for the processes that have more."""
+        if self.device_mesh is not None and batch_idx + 1 == self.trainer.num_predict_batches[0]:
+            for number in range(batch_idx + 1, self._most_batches):
+                self.predict_step(Batch([], {}), number)
+
+    def _blank_batch(self) -> Batch:
+        """A picture of nothing, which takes the same way through the model as any other."""
+        inputs = self.encode([Image.new("RGB", (64, 64))], ["."], ["."])
+        return Batch([Sample("", Path(), ".", ".")], inputs).to(self.device)
 
     def load(self) -> VisionLanguageModel:
         """Load the model as the arguments say."""
@@ -72,4 +198,7 @@ class BackboneModule(L.LightningModule):
             adapter=self.adapter,
             dtype=self.dtype_name,
             attention=self.attention,
+            quantization=self.quantization,
+            device_map=self.device_map,
+            trust_remote_code=self.trust_remote_code,
         )

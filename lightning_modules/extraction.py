@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from ..datamodules.sample import Batch
 from .backbone import Generation, Rows, Selector, Site, VisionLanguageModel
-from .backbone.destinations import ORIGINAL, check_checkpoint, name_destinations
+from .backbone.destinations import ORIGINAL, check_checkpoint, is_adapter, name_destinations
+from .backbone.loading import DeviceMap, Quantization
 from .base import BackboneModule
 
 
@@ -47,6 +49,10 @@ class FeatureExtraction(BackboneModule):
         max_new_tokens: Tokens to generate at most.
         answers: `generated`: states while the model answers; `target`: states while it reads the data's own answer.
         variants: Which models to run; by default the original and every destination.
+        quantization: Store the linear layers in `4bit` (NF4) or `8bit` (LLM.int8()).
+        device_map: `auto` lays the layers of the model on all GPUs of this machine, in one process.
+        trust_remote_code: Run the Python that the model's repository ships, with all your rights: it can read, change
+            and send whatever you can. Only for code that you have read, at the commit that `revision` names.
     """
 
     def __init__(
@@ -61,8 +67,13 @@ class FeatureExtraction(BackboneModule):
         max_new_tokens: int = 25,
         answers: Literal["generated", "target"] = "generated",
         variants: list[str] | None = None,
+        quantization: Quantization | None = None,
+        device_map: DeviceMap | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
-        super().__init__(model_id, revision, None, dtype, attention, max_new_tokens)
+        super().__init__(
+            model_id, revision, None, dtype, attention, max_new_tokens, quantization, device_map, trust_remote_code
+        )
         if not sites or not selectors:
             raise ValueError("--model.init_args.sites and .selectors need at least one entry each")
         self.site_patterns = sites
@@ -71,6 +82,11 @@ class FeatureExtraction(BackboneModule):
         self.destinations = {} if destination is None else name_destinations(destination)
         for path in self.destinations.values():
             check_checkpoint(path)
+            if quantization is not None and not is_adapter(path) and Path(path).is_dir():
+                raise ValueError(
+                    f"--model.init_args.destination {path!r} is a whole model, of which no weights can be put into one "
+                    "that --model.init_args.quantization packs; leave that out, or give an adapter"
+                )
         self.variants = variants or [ORIGINAL, *self.destinations]
         for variant in self.variants:
             if variant not in (ORIGINAL, *self.destinations):
@@ -96,15 +112,9 @@ class FeatureExtraction(BackboneModule):
         if odd and any(selector.name != "image" for selector in self.selectors):
             raise ValueError(f"site {odd[0]!r} has states of visual tokens only; use it with the one selector `image`")
 
-    def on_predict_start(self) -> None:
-        """Check the model before any data is run."""
-        self.backbone.self_check()
-
     def predict_step(self, batch: Batch, batch_idx: int) -> list[Extraction]:
         """Run each variant over one batch."""
-        if not batch.samples:
-            return []
-        return [self._extract(batch, variant) for variant in self.variants]
+        return self.in_step(batch, lambda given: [self._extract(given, variant) for variant in self.variants], [])
 
     def _extract(self, batch: Batch, variant: str) -> Extraction:
         with self.backbone.running_as(variant):

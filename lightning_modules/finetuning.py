@@ -13,6 +13,7 @@ from transformers import get_scheduler
 
 from ..datamodules.sample import Batch
 from .backbone import VisionLanguageModel
+from .backbone.loading import DeviceMap, Quantization
 from .backbone.parts import PARTS, Part, lora_targets, train_only
 from .base import BackboneModule
 
@@ -57,6 +58,10 @@ class FineTuning(BackboneModule):
         schedule: Learning-rate schedule, by its name in transformers (`cosine`, `linear`, `constant`, …).
         warmup: Share of all steps in which the learning rate rises from 0.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
+        quantization: Store the linear layers in `4bit` (NF4) or `8bit` (LLM.int8()); only `lora` can be trained then.
+        device_map: `auto` lays the layers of the model on all GPUs of this machine, in one process.
+        trust_remote_code: Run the Python that the model's repository ships, with all your rights: it can read, change
+            and send whatever you can. Only for code that you have read, at the commit that `revision` names.
     """
 
     strict_loading = False
@@ -77,8 +82,13 @@ class FineTuning(BackboneModule):
         schedule: str = "cosine",
         warmup: float = 0.03,
         gradient_checkpointing: bool = False,
+        quantization: Quantization | None = None,
+        device_map: DeviceMap | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
-        super().__init__(model_id, revision, adapter, dtype, attention, max_new_tokens)
+        super().__init__(
+            model_id, revision, adapter, dtype, attention, max_new_tokens, quantization, device_map, trust_remote_code
+        )
         if lora is not None and adapter is not None:
             raise ValueError("give either --model.init_args.lora (train a new adapter) or .adapter (use one), not both")
         if parts is not None and (not parts or not set(parts) <= set(PARTS)):
@@ -86,6 +96,10 @@ class FineTuning(BackboneModule):
         if parts is not None and lora is not None and lora.target_modules is not None:
             raise ValueError(
                 "give either --model.init_args.parts or .lora.target_modules: both say which layers LoRA adapts"
+            )
+        if random_weights and (quantization is not None or device_map is not None):
+            raise ValueError(
+                "--model.init_args.random_weights trains from scratch: leave out .quantization and .device_map"
             )
         self.lora = lora
         self.parts = parts
@@ -96,15 +110,38 @@ class FineTuning(BackboneModule):
         self.warmup = warmup
         self.gradient_checkpointing = gradient_checkpointing
 
+    def setup(self, stage: str) -> None:
+        """Refuse to train weights that are packed.
+
+        Raises:
+            ValueError: They are.
+        """
+        if stage == "fit" and self.quantization is not None and self.lora is None:
+            raise ValueError(
+                f"--model.init_args.quantization {self.quantization}: packed weights cannot be trained; train LoRA "
+                "beside them with --model.init_args.lora.rank 16, or leave quantization out"
+            )
+
     def load(self) -> VisionLanguageModel:
         """Load the model, and attach a new adapter or freeze what is not to be trained."""
         if self.random_weights:
-            backbone = VisionLanguageModel.load(self.model_id, attention=self.attention, random_weights=True)
+            backbone = VisionLanguageModel.load(
+                self.model_id,
+                revision=self.revision,
+                attention=self.attention,
+                random_weights=True,
+                trust_remote_code=self.trust_remote_code,
+            )
         else:
             backbone = super().load()
+        self.choose_trainable(backbone)
+        return backbone
+
+    def choose_trainable(self, backbone: VisionLanguageModel) -> None:
+        """Attach a new adapter to a model, or freeze what of it is not to be trained."""
         if self.lora is None:
             train_only(backbone.model, self.parts, self.frozen)
-            return backbone
+            return
         parts: list[Part] = self.parts or ["language_model"]
         backbone.add_lora(
             LoraConfig(
@@ -115,7 +152,6 @@ class FineTuning(BackboneModule):
                 task_type="CAUSAL_LM",
             )
         )
-        return backbone
 
     def configure_model(self) -> None:
         """Load the model and prepare it for training where the Trainer fits."""
@@ -139,15 +175,13 @@ class FineTuning(BackboneModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Generate for one batch: `texts`, and `losses` (sum, number of tokens) of the data's own answers."""
-        return self._answer(batch)
+        return self.in_step(batch, self._answer, {"texts": [], "losses": []})
 
     def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """As in validation."""
-        return self._answer(batch)
+        return self.validation_step(batch, batch_idx)
 
     def _answer(self, batch: Batch) -> dict[str, Any]:
-        if not batch.samples:
-            return {"texts": [], "losses": []}
         return {
             "texts": self.backbone.generate(batch.inputs, self.max_new_tokens).texts,
             "losses": self.backbone.answer_losses(batch.inputs),

@@ -19,6 +19,7 @@ from ..datamodules.sample import Batch
 from .backbone import Selector, Steering
 from .backbone.generation import Prefilled
 from .backbone.interventions import Mode
+from .backbone.loading import DeviceMap, Quantization
 from .base import BackboneModule
 from .steering import SteeringStep
 
@@ -74,6 +75,10 @@ class SteeringSweep(BackboneModule):
         attention: Attention implementation: `sdpa`, `eager` or `flash_attention_2`.
         max_new_tokens: Tokens to generate at most.
         seed: Seed of the random directions.
+        quantization: Store the linear layers in `4bit` (NF4) or `8bit` (LLM.int8()).
+        device_map: `auto` lays the layers of the model on all GPUs of this machine, in one process.
+        trust_remote_code: Run the Python that the model's repository ships, with all your rights: it can read, change
+            and send whatever you can. Only for code that you have read, at the commit that `revision` names.
     """
 
     def __init__(
@@ -92,8 +97,13 @@ class SteeringSweep(BackboneModule):
         attention: str = "sdpa",
         max_new_tokens: int = 25,
         seed: int = 0,
+        quantization: Quantization | None = None,
+        device_map: DeviceMap | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
-        super().__init__(model_id, revision, adapter, dtype, attention, max_new_tokens)
+        super().__init__(
+            model_id, revision, adapter, dtype, attention, max_new_tokens, quantization, device_map, trust_remote_code
+        )
         given = {"vectors": vectors, "alphas": alphas, "positions": positions, "modes": modes}
         for option, values in given.items():
             if not values:
@@ -207,14 +217,11 @@ class SteeringSweep(BackboneModule):
         if not self.is_kept and not self.trainer.predict_loop.return_predictions:
             raise ValueError("SteeringSweep: what it answers would be lost; add --trainer.callbacks+=SweepScorer")
 
-    def on_predict_start(self) -> None:
-        """Check the model before any data is run."""
-        self.backbone.self_check()
-
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, list[str]]:
         """Answer one batch under every steering: run → B texts."""
-        if not batch.samples:
-            return {}
+        return self.in_step(batch, self._answer, {})
+
+    def _answer(self, batch: Batch) -> dict[str, list[str]]:
         prefilled = self._prefill(batch)
         texts = {}
         for run, steering in self.steerings.items():
@@ -238,7 +245,8 @@ class SteeringSweep(BackboneModule):
 
     def _prefill(self, batch: Batch) -> Prefilled | None:
         """The batch's prompts in the cache, where that serves; seen on the first batch: answers must be the same."""
-        if self._prefills is False:
+        # Of a sharded model all processes must go the same way, whatever each sees.
+        if self._prefills is False or self.device_mesh is not None:
             return None
         prefilled = self.backbone.prefill(batch.inputs)
         if self._prefills is None:

@@ -69,13 +69,14 @@ def _wider(inputs: dict[str, Tensor], pad: int) -> dict[str, Tensor]:
     }
 
 
-def test_positions_count_from_the_first_token() -> None:
+def test_positions_count_from_the_first_token(shared_backbone: VisionLanguageModel) -> None:
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
-    positions = with_positions({"attention_mask": mask})["position_ids"]
+    model = shared_backbone.model
+    positions = with_positions(model, {"input_ids": mask, "attention_mask": mask})["position_ids"]
     assert positions[0, 2:].tolist() == [0, 1, 2]
     assert positions[1].tolist() == [0, 1, 2, 3, 4]
     right = {"attention_mask": mask.flip(1)}
-    assert with_positions(right) is right
+    assert with_positions(model, right) is right
 
 
 class _Merging:

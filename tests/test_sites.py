@@ -44,7 +44,7 @@ def test_patterns(shared_backbone: VisionLanguageModel, patterns: list[str], nam
 @pytest.mark.parametrize("pattern", ["lm.block.3", "lm.block", "LM.NORM", "", "layer.*"])
 def test_a_pattern_that_matches_nothing(shared_backbone: VisionLanguageModel, pattern: str) -> None:
     with pytest.raises(
-        ValueError, match=r"not found: the model has vision\.block\.0–1, lm\.block\.0–2, projector"
+        ValueError, match=r"not found: the model has vision\.block\.0–1, projector, lm\.embed, lm\.block\.0–2"
     ) as e:
         shared_backbone.sites(["lm.norm", pattern])
     assert f"site {pattern!r}" in str(e.value)
@@ -108,7 +108,7 @@ def test_self_check_finds_another_norm(backbone: VisionLanguageModel, monkeypatc
     """A norm that is not the one before the unembedding, as in a model that keeps another under the same name."""
     other = torch.nn.LayerNorm(64)
     monkeypatch.setattr(VisionLanguageModel, "final_norm", other)
-    with pytest.raises(ValueError, match=r"differs from the model's logits by .* entry in backbone/sites\.py"):
+    with pytest.raises(ValueError, match=r"differs from the model's logits by .* entry in backbone/structure\.py"):
         backbone.self_check()
 
 

@@ -68,13 +68,31 @@ def test_words_of_a_real_tokenizer(shared_backbone: VisionLanguageModel, text: s
 def test_roles() -> None:
     ids = torch.tensor([[0, 1, 9, 9, 5, 6], [1, 9, 9, 5, 0, 0]])
     mask = torch.tensor([[0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0]])
-    roles = prompt_roles(ids, mask, image_token_id=9, special_ids=[0, 1, 9])
+    roles = prompt_roles(ids, mask, torch.ones_like(mask).bool(), image_token_id=9, special_ids=[0, 1])
     pad, special, image, prompt = Role.PAD, Role.SPECIAL, Role.IMAGE, Role.PROMPT
     assert roles.tolist() == [
         [pad, special, image, image, prompt, prompt],
         # A padding token that the mask keeps is a token like others.
         [special, image, image, prompt, special, pad],
     ]
+
+
+def test_what_parts_rows_and_tiles_is_special() -> None:
+    # Image tokens are 9; 7 ends a row and is a text token elsewhere; the last 9 is written by the model.
+    ids = torch.tensor([[7, 9, 9, 7, 9, 9, 7, 5, 9, 5], [5, 9, 7, 9, 9, 7, 5, 5, 7, 5]])
+    in_prompt = torch.arange(10) < torch.tensor([[8], [7]])
+    roles = prompt_roles(ids, torch.ones_like(ids), in_prompt, image_token_id=9, special_ids=[])
+    special, image, prompt = Role.SPECIAL, Role.IMAGE, Role.PROMPT
+    assert roles.tolist() == [
+        [prompt, image, image, special, image, image, prompt, prompt, special, prompt],
+        [prompt, image, special, image, image, prompt, prompt, prompt, prompt, prompt],
+    ]
+
+
+def test_no_visual_tokens() -> None:
+    ids = torch.tensor([[1, 9, 5]])
+    roles = prompt_roles(ids, torch.ones_like(ids), torch.ones_like(ids).bool(), None, [1, 9])
+    assert roles.tolist() == [[Role.SPECIAL, Role.SPECIAL, Role.PROMPT]]
 
 
 def test_columns() -> None:
@@ -99,6 +117,6 @@ def test_special_tokens_in_an_answer_are_no_pictures(backbone: VisionLanguageMod
     pictures = [Image.effect_noise((64, 64), 80).convert("RGB") for _ in range(6)]
     inputs = model.encode(pictures, ["Where is this?"] * 6)
     done = model.generate(inputs, 6, model.sites(["projector", "vision.block.0"]))
-    written = [answer.count(model.encode.image_token_id) for answer in done.token_map.answers]
+    written = [answer.count(model.encode.image_token_id or 0) for answer in done.token_map.answers]
     assert sum(written) > 0, "the test needs a model that writes it"
     assert (done.token_map.roles == Role.IMAGE).sum(dim=1).tolist() == [64] * 6

@@ -51,7 +51,7 @@ class Capture:
         silent = [name for name, parts in self._parts.items() if not parts]
         if silent:
             raise ValueError(f"site {silent[0]!r} was not reached by the model; choose one that takes part in its pass")
-        raw = self.raw()
+        raw = {name: self._within(parts, token_map) for name, parts in self._parts.items()}
         starts = token_map.answer_start.tolist()
         end = max(start + len(answer) for start, answer in zip(starts, token_map.answers, strict=True))
         for site in self.sites:
@@ -65,6 +65,15 @@ class Capture:
             site.name: _to_columns(raw[site.name], token_map, site) if site.positions == "patches" else raw[site.name]
             for site in self.sites
         }
+
+    @staticmethod
+    def _within(parts: list[Tensor], token_map: TokenMap) -> Tensor:
+        """One site's calls joined, on the token map's device; its block may lie on another.
+
+        A model can go on behind the last token, where other processes wait for its pieces.
+        """
+        steps = token_map.roles.shape[1] - parts[0].shape[1]
+        return torch.cat(parts[: 1 + max(steps, 0)], dim=1).to(token_map.roles.device)
 
 
 def _to_columns(patches: Tensor, token_map: TokenMap, site: Site) -> Tensor:

@@ -70,14 +70,16 @@ def heat_map(values: Tensor, grid: PatchGrid, picture: tuple[int, int], size: tu
     width, height = size or picture
     total = values.new_zeros(len(values), height, width)
     covered = values.new_zeros(height, width)
-    for tile in range(int(grid.tile.max()) + 1):
+    for tile in sorted(set(grid.tile.tolist()) - {-1}):
         here = grid.tile == tile
         rows, columns = int(grid.row[here].max()) + 1, int(grid.column[here].max()) + 1
         left, top = (grid.boxes[here, :2].amin(dim=0)).tolist()
         right, bottom = (grid.boxes[here, 2:].amax(dim=0)).tolist()
         across, seen_across = _interpolation(left, right, columns, picture[0], width)
         down, seen_down = _interpolation(top, bottom, rows, picture[1], height)
-        total += torch.einsum("yr,krc,xc->kyx", down, values[:, here].reshape(-1, rows, columns), across)
+        cells = values.new_zeros(len(values), rows, columns)
+        cells[:, grid.row[here], grid.column[here]] = values[:, here]
+        total += torch.einsum("yr,krc,xc->kyx", down, cells, across)
         covered += seen_down[:, None] * seen_across
     return total / torch.where(covered > 0, covered, torch.nan)
 

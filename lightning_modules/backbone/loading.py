@@ -3,40 +3,140 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from typing import Any
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig
+
+from ...concepts._optional import require
+from . import molmo  # noqa: F401 - makes Molmo known to transformers
+from .processors import load_processor
+
+Quantization = Literal["4bit", "8bit"]
+"""Bits that a weight of a linear layer has in memory."""
+
+DeviceMap = Literal["auto"]
+"""How the layers of one copy of a model are laid on the devices: by what fits where, as accelerate finds."""
 
 
 def load_pretrained(
-    model_id: str, *, revision: str | None, dtype: str, attention: str, random_weights: bool
+    model_id: str,
+    *,
+    revision: str | None,
+    dtype: str,
+    attention: str,
+    random_weights: bool,
+    quantization: Quantization | None = None,
+    device_map: DeviceMap | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
     """Load a model and its processor; see `VisionLanguageModel.load`.
+
+    Raises:
+        ValueError: Nothing can be loaded from `model_id`, or not with these options.
+    """
+    source = {"revision": revision, "trust_remote_code": trust_remote_code}
+    check_remote_code(model_id, revision, trust_remote_code)
+    quantized = {} if quantization is None else {"quantization_config": quantization_config(quantization)}
+    with reading(model_id):
+        processor = load_processor(model_id, **source)
+        if random_weights:
+            config = AutoConfig.from_pretrained(model_id, **source)
+            model = AutoModelForImageTextToText.from_config(
+                config, attn_implementation=attention, trust_remote_code=trust_remote_code
+            )
+            _initialise_by_fan_in(model)
+        else:
+            model = AutoModelForImageTextToText.from_pretrained(
+                model_id, dtype=dtype, attn_implementation=attention, device_map=device_map, **source, **quantized
+            )
+    return model, processor
+
+
+def load_skeleton(
+    model_id: str, *, revision: str | None, dtype: str, attention: str, trust_remote_code: bool = False
+) -> tuple[Any, Any]:
+    """Load a model without weights, on the meta device, and its processor: what there is of them before a download.
+
+    Raises:
+        ValueError: Nothing can be loaded from `model_id`.
+    """
+    source = {"revision": revision, "trust_remote_code": trust_remote_code}
+    check_remote_code(model_id, revision, trust_remote_code)
+    with reading(model_id):
+        processor = load_processor(model_id, **source)
+        config = AutoConfig.from_pretrained(model_id, **source)
+        saved = config.dtype or torch.float32
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(
+                config,
+                dtype=saved if dtype == "auto" else getattr(torch, dtype),
+                attn_implementation=attention,
+                trust_remote_code=trust_remote_code,
+            )
+    return model, processor
+
+
+@contextmanager
+def reading(model_id: str) -> Iterator[None]:
+    """Within the context what transformers cannot read is an error of one line.
 
     Raises:
         ValueError: Nothing can be loaded from `model_id`.
     """
     try:
-        processor = AutoProcessor.from_pretrained(model_id, revision=revision)
-        if random_weights:
-            config = AutoConfig.from_pretrained(model_id, revision=revision)
-            model = AutoModelForImageTextToText.from_config(config, attn_implementation=attention)
-            _initialise_by_fan_in(model)
-        else:
-            model = AutoModelForImageTextToText.from_pretrained(
-                model_id, revision=revision, dtype=dtype, attn_implementation=attention
-            )
+        yield
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"model_id {model_id!r}: transformers does not know this model, and the Python code in its repository "
+                "is not run; choose another model, or read that code and pass --model.init_args.trust_remote_code true "
+                "and, of a repository on the hub, the commit that was read with --model.init_args.revision"
+            ) from error
         raise ValueError(
             f"model_id {model_id!r}: no image-text-to-text model can be loaded from it ({first}); give a folder "
             "in the Hugging Face layout or a hub id"
         ) from error
-    return model, processor
+
+
+def check_remote_code(model_id: str, revision: str | None, trust_remote_code: bool) -> None:
+    """Refuse to trust code that can change after it was read.
+
+    Raises:
+        ValueError: `model_id` is on the hub, and `revision` is no commit.
+    """
+    if trust_remote_code and not Path(model_id).is_dir() and not re.fullmatch("[0-9a-f]{40}", revision or ""):
+        raise ValueError(
+            f"--model.init_args.trust_remote_code runs Python that {model_id!r} ships, and a branch or tag can move to "
+            "other code; give the commit that was read with --model.init_args.revision (40 hexadecimal digits)"
+        )
+
+
+def quantization_config(quantization: Quantization) -> BitsAndBytesConfig:
+    """How bitsandbytes is to store the linear layers: NF4 with quantised scales, or LLM.int8().
+
+    Raises:
+        ValueError: bitsandbytes is not installed.
+    """
+    require(("bitsandbytes",), "bitsandbytes")
+    if quantization == "8bit":
+        # It says of every layer that it computes in float16, whatever the states are in.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
 
 
 def tensor_hash(tensors: Mapping[str, Tensor]) -> str:
@@ -46,19 +146,6 @@ def tensor_hash(tensors: Mapping[str, Tensor]) -> str:
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def image_token_id(config: Any) -> int:
-    """Id of the token that stands for one visual token.
-
-    Raises:
-        ValueError: The configuration names none.
-    """
-    for name in ("image_token_id", "image_token_index"):
-        value = getattr(config, name, None)
-        if value is not None:
-            return int(value)
-    raise ValueError(f"{type(config).__name__} names no image token; this model is no image-text-to-text model")
 
 
 def _initialise_by_fan_in(model: nn.Module) -> None:

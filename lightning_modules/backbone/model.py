@@ -16,18 +16,22 @@ from peft.utils import load_peft_weights
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoConfig
 
 from .capture import Capture
 from .destinations import DESTINATION, ORIGINAL, changed_weights, exchanged, is_adapter
 from .generation import Generation, Prefilled
 from .interventions import Applied, RunningPass, Steering, intervening
-from .loading import image_token_id, load_pretrained, tensor_hash
+from .knockout import AttentionKnockout, knocking_out
+from .loading import DeviceMap, Quantization, load_pretrained, tensor_hash
 from .parts import lora_targets
-from .patch_grid import PatchGrid, find_patch_grid
+from .patch_grid import PatchFinder, PatchGrid
 from .prompts import IGNORED, PromptEncoder, prompts_only, with_positions
 from .selectors import Selector
-from .sites import Site, final_norm, resolve_sites
+from .sharding import gathered, shard_model
+from .sites import Site, resolve_sites
+from .structure import Structure, Unembedding
 from .token_map import Role, TokenMap, answer_words, prompt_roles
 
 # Beside an adapter: which base it was trained on.
@@ -48,12 +52,16 @@ class VisionLanguageModel(nn.Module):
         self.model = model
         self.processor = processor
         self.source = source
-        self.encode = PromptEncoder(processor, image_token_id(model.config))
+        self.structure = Structure(model)
+        self.encode = PromptEncoder(processor, self.structure.image_token_id(processor))
+        self._find_patches = PatchFinder(self.structure, self._picture_alone, self.encode.image_token_id)
         # PEFT injects its layers into `model` in place; the handle only switches and saves them. It is kept out
         # of the module tree, where every parameter would be registered twice.
         self._peft: list[PeftModel] = []
         self._changed: dict[str, dict[str, Tensor]] = {}
         self._pass: RunningPass | None = None
+        # Of a sharded model, what no process can compute alone: hashes of its weights and of each destination.
+        self._hashes: dict[str | None, str | None] | None = None
 
     @classmethod
     def load(
@@ -65,8 +73,11 @@ class VisionLanguageModel(nn.Module):
         dtype: str = "auto",
         attention: str = "sdpa",
         random_weights: bool = False,
+        quantization: Quantization | None = None,
+        device_map: DeviceMap | None = None,
+        trust_remote_code: bool = False,
     ) -> VisionLanguageModel:
-        """Load a model from a folder or the hub. Remote code is never run.
+        """Load a model from a folder or the hub.
 
         Args:
             model_id: Folder or hub id.
@@ -76,12 +87,23 @@ class VisionLanguageModel(nn.Module):
             attention: `sdpa`, `eager` or `flash_attention_2`.
             random_weights: Take only configuration and processor, and initialise the weights from the current
                 seed with a variance of 1/fan-in, to train from scratch.
+            quantization: Store the linear layers in `4bit` (NF4) or `8bit` (LLM.int8()), by bitsandbytes.
+            device_map: `auto` lays the layers on all GPUs, and in main memory what is left.
+            trust_remote_code: Run the Python that the model's repository ships, with all your rights. Only for code
+                that you have read, at the commit that `revision` names.
 
         Raises:
-            ValueError: Nothing can be loaded from `model_id`, or `adapter` belongs to another model.
+            ValueError: Nothing can be loaded from `model_id` in this way, or `adapter` belongs to another model.
         """
         model, processor = load_pretrained(
-            model_id, revision=revision, dtype=dtype, attention=attention, random_weights=random_weights
+            model_id,
+            revision=revision,
+            dtype=dtype,
+            attention=attention,
+            random_weights=random_weights,
+            quantization=quantization,
+            device_map=device_map,
+            trust_remote_code=trust_remote_code,
         )
         wrapper = cls(model, processor, model_id)
         if adapter is not None:
@@ -145,7 +167,7 @@ class VisionLanguageModel(nn.Module):
         note = Path(adapter) / _BASE_NOTE
         made_for = json.loads(note.read_text()) if note.is_file() else {}
         # In another precision the same weights have other values.
-        if made_for.get("dtype") == str(self.model.dtype) and made_for["weights_hash"] != self.weights_hash():
+        if made_for.get("dtype") == self._precision and made_for["weights_hash"] != self.weights_hash():
             raise ValueError("it was trained on other weights")
 
     @contextmanager
@@ -175,15 +197,26 @@ class VisionLanguageModel(nn.Module):
                 "--model.init_args.destination"
             )
 
-    def save(self, folder: Path) -> None:
-        """Write the adapter in PEFT's layout, or the whole model and processor where there is no adapter."""
+    def save(self, folder: Path, state: dict[str, Tensor] | None = None) -> None:
+        """Write the adapter in PEFT's layout, or the whole model and processor where there is no adapter.
+
+        Args:
+            folder: Where to.
+            state: Of a sharded model, what `gathered_state` gave.
+        """
         if self._peft:
-            self._peft[0].save_pretrained(str(folder))
-            base = {"weights_hash": self.weights_hash(), "dtype": str(self.model.dtype), "model_id": self.source}
+            self._peft[0].save_pretrained(str(folder), state_dict=state)
+            base = {"weights_hash": self.weights_hash(), "dtype": self._precision, "model_id": self.source}
             (folder / _BASE_NOTE).write_text(json.dumps(base, indent=1))
             return
-        self.model.save_pretrained(folder)
+        self.model.save_pretrained(folder, state_dict=state)
         self.processor.save_pretrained(folder)
+
+    @property
+    def _precision(self) -> str:
+        packed = getattr(self.model.config, "quantization_config", None)
+        bits = "" if packed is None else " 4bit" if getattr(packed, "load_in_4bit", False) else " 8bit"
+        return f"{self.model.dtype}{bits}"
 
     def destination_hash(self, variant: str) -> str | None:
         """SHA-256 over what a destination has of its own; nothing where there is no such destination.
@@ -191,6 +224,8 @@ class VisionLanguageModel(nn.Module):
         Args:
             variant: Its name.
         """
+        if self._hashes is not None:
+            return self._hashes.get(variant)
         if variant in self._changed:
             return tensor_hash({name: value.flatten()[:64] for name, value in self._changed[variant].items()})
         if not self._peft or variant not in self._peft[0].peft_config:
@@ -199,6 +234,8 @@ class VisionLanguageModel(nn.Module):
 
     def weights_hash(self) -> str:
         """SHA-256 over the first values of every tensor of the model: tells two models apart without reading all."""
+        if self._hashes is not None:
+            return cast(str, self._hashes[None])
         return tensor_hash(
             {
                 name.replace(".base_layer", ""): value.flatten()[:64]
@@ -207,13 +244,39 @@ class VisionLanguageModel(nn.Module):
             }
         )
 
+    # --- pieces -------------------------------------------------------------------------------------------
+
+    def shard(self, mesh: DeviceMesh, trained: bool) -> None:
+        """Leave every process with its pieces; from now on all of them must make every pass together.
+
+        Args:
+            mesh: The processes, one dimension.
+            trained: Whether the parameters that require gradients are trained.
+
+        Raises:
+            ValueError: A destination is a whole model, of which there are no pieces.
+        """
+        if self._changed:
+            raise ValueError(
+                f"destination {next(iter(self._changed))!r} is a whole model, which cannot be exchanged in pieces; use "
+                "--trainer.strategy ddp, or give an adapter"
+            )
+        adapters = list(self._peft[0].peft_config) if self._peft else []
+        self._hashes = {None: self.weights_hash(), **{name: self.destination_hash(name) for name in adapters}}
+        shard_model(self.structure, mesh, trained)
+
+    def gathered_state(self) -> dict[str, Tensor] | None:
+        """What `save` needs of a sharded model, on all processes together; nothing where it is whole."""
+        if self._hashes is None:
+            return None
+        return gathered(self._peft[0], "lora_") if self._peft else gathered(self.model)
+
     # --- structure ----------------------------------------------------------------------------------------
 
     @property
     def decoder(self) -> nn.Module:
         """The language model without its head."""
-        decoder: nn.Module = self.model.get_decoder()
-        return decoder
+        return self.structure.decoder
 
     @property
     def tokenizer(self) -> Any:
@@ -223,23 +286,44 @@ class VisionLanguageModel(nn.Module):
     @property
     def final_norm(self) -> nn.Module:
         """The norm between the last block and the unembedding."""
-        return final_norm(self.decoder)
+        return self.structure.norm
 
     @property
-    def unembed(self) -> nn.Module:
-        """The unembedding W_U: hidden states → logits."""
-        head: nn.Module = self.model.get_output_embeddings()
-        return head
+    def unembed(self) -> Unembedding:
+        """The unembedding: states after the final norm → logits."""
+        return Unembedding(self.structure.head, self._scales)
+
+    @cached_property
+    def _scales(self) -> tuple[tuple[str, float], ...]:
+        """What the model does with logits, of what its configuration says."""
+        ways = [self.structure.scales, ()]
+        if not ways[0]:
+            return ()
+        with torch.inference_mode():
+            logits, state = self._asked()
+            return min(ways, key=lambda way: _difference(Unembedding(self.structure.head, way)(state), logits))
+
+    @torch.inference_mode()
+    def _asked(self) -> tuple[Tensor, Tensor]:
+        """Logits of a small prompt with a picture, and the final norm of the states after the last block."""
+        inputs = self._picture_alone(Image.new("RGB", (64, 64), "gray"))
+        if self.structure.is_encoder_decoder:
+            inputs["decoder_input_ids"] = self._shown(inputs)["input_ids"]
+        capture = Capture(self.sites([f"lm.block.{len(self.structure.blocks) - 1}"]))
+        with capture.running():
+            logits: Tensor = self.model(**inputs).logits
+        return logits, self.final_norm(next(iter(capture.raw().values())))
 
     @cached_property
     def vocabulary(self) -> list[str]:
         """Every row of the unembedding as decoded text; rows without a token are empty."""
-        rows = len(cast(Tensor, self.unembed.weight))
+        rows = len(self.unembed.weight)
         return [self.tokenizer.decode([token]) if token < len(self.tokenizer) else "" for token in range(rows)]
 
     def forward(self, inputs: dict[str, Tensor]) -> Any:
         """Run the model on an encoded batch; with `labels` the output has the mean loss per answer token."""
-        return self.model(**inputs)
+        self._check_one_sequence("training and losses")
+        return self.model(**self._placed(inputs))
 
     @lru_cache(maxsize=256)  # noqa: B019 - the model lives as long as the process
     def patch_grid(self, width: int, height: int) -> PatchGrid:
@@ -252,9 +336,32 @@ class VisionLanguageModel(nn.Module):
         Raises:
             ValueError: The model arranges visual tokens in a way that is not known.
         """
-        ids = self.encode([Image.new("RGB", (width, height))], ["."])["input_ids"]
-        tokens = int((ids == self.encode.image_token_id).sum())
-        return find_patch_grid(self.processor.image_processor, width, height, tokens)
+        if reason := self.structure.without_visual_tokens:
+            raise ValueError(f"{self.source}: no patches can be placed: {reason}")
+        return self._find_patches(width, height)
+
+    def _picture_alone(self, picture: Image.Image) -> dict[str, Tensor]:
+        return self._placed(self.encode([picture], ["."]))
+
+    def _placed(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A batch on the model's device; pictures in its precision."""
+        device, dtype = self.model.device, self.model.dtype
+        return {name: value.to(device, dtype if value.is_floating_point() else None) for name, value in inputs.items()}
+
+    def _check_one_sequence(self, what: str) -> None:
+        if self.structure.is_encoder_decoder:
+            raise ValueError(
+                f"{self.source}: no {what}: {self.structure.without_visual_tokens}; it can answer, and states are read "
+                "and changed in its decoder"
+            )
+
+    def _shown(self, prompts: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What stands before the answer in the sequence that the language model sees."""
+        if not self.structure.is_encoder_decoder:
+            return prompts
+        start = self.model.generation_config.decoder_start_token_id
+        ids = prompts["input_ids"].new_full((len(prompts["input_ids"]), 1), start)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     # --- running ------------------------------------------------------------------------------------------
 
@@ -264,21 +371,29 @@ class VisionLanguageModel(nn.Module):
         Raises:
             ValueError: One matches nothing.
         """
-        return list(resolve_sites(self.model, patterns, self.source).values())
+        return list(resolve_sites(self.structure, patterns, self.source).values())
 
     @contextmanager
-    def intervene(self, *interventions: Steering) -> Iterator[list[Applied]]:
+    def intervene(self, *interventions: Steering | AttentionKnockout) -> Iterator[list[Applied]]:
         """Apply interventions to every pass within the context; they end with it, whatever happens.
 
-        Several at one site are applied in the order given.
+        Several at one site are applied in the order given; of knockouts in one block each forbids its own.
+
+        Yields:
+            What each steering is doing; knockouts have nothing to tell.
         """
         applied = []
         with ExitStack() as stack:
-            for steering in interventions:
-                found = self.sites([steering.site])
+            for one in interventions:
+                if isinstance(one, AttentionKnockout):
+                    blocks = self.sites([f"lm.block.{number}" for number in one.blocks])
+                    implementation = self.model.config.get_text_config()._attn_implementation
+                    stack.enter_context(knocking_out(blocks, one, lambda: self._pass, implementation))
+                    continue
+                found = self.sites([one.site])
                 if len(found) != 1:
-                    raise ValueError(f"site {steering.site!r} matches {len(found)} sites; choose one of them")
-                applied.append(stack.enter_context(intervening(found[0], steering, lambda: self._pass)))
+                    raise ValueError(f"site {one.site!r} matches {len(found)} sites; choose one of them")
+                applied.append(stack.enter_context(intervening(found[0], one, lambda: self._pass)))
             yield applied
 
     def try_steering(self, inputs: dict[str, Tensor], interventions: Sequence[Steering], max_new_tokens: int) -> None:
@@ -293,7 +408,7 @@ class VisionLanguageModel(nn.Module):
             ValueError: A vector does not fit its site, a selector matches nothing in these prompts and what follows, or
                 states are no longer finite.
         """
-        prompts = prompts_only(inputs, self.tokenizer.pad_token_id)
+        prompts = self._shown(prompts_only(inputs, self.tokenizer.pad_token_id))
         width = prompts["input_ids"].shape[1]
         token_map = self._map(prompts, torch.full((len(prompts["input_ids"]),), width, device=self.model.device))
         # The last token that can be generated has no state.
@@ -323,10 +438,11 @@ class VisionLanguageModel(nn.Module):
         Args:
             inputs: Encoded batch with any padding; answers in it are left out.
         """
-        prompts = prompts_only(inputs, self.tokenizer.pad_token_id)
+        self._check_one_sequence("prompts in a cache")
+        prompts = self._placed(prompts_only(inputs, self.tokenizer.pad_token_id))
         shape = prompts["input_ids"].shape
         head = {name: value[:, :-1] if value.shape == shape else value for name, value in prompts.items()}
-        cache = self.model(**with_positions(head), use_cache=True, logits_to_keep=1).past_key_values
+        cache = self.model(**with_positions(self.model, head), use_cache=True, logits_to_keep=1).past_key_values
         return Prefilled({name: value for name, value in prompts.items() if value.shape == shape}, cache)
 
     @torch.inference_mode()
@@ -346,21 +462,24 @@ class VisionLanguageModel(nn.Module):
             assert not sites, "states of a prompt that is in the cache are gone"
             prompts, cache = inputs.prompts, {"past_key_values": copy.deepcopy(inputs.cache)}
         else:
-            prompts = prompts_only(inputs, self.tokenizer.pad_token_id)
-        width = prompts["input_ids"].shape[1]
-        starts = torch.full((len(prompts["input_ids"]),), width, device=prompts["input_ids"].device)
+            prompts = self._placed(prompts_only(inputs, self.tokenizer.pad_token_id))
+        shown = self._shown(prompts)
+        width = shown["input_ids"].shape[1]
+        starts = torch.full((len(shown["input_ids"]),), width, device=shown["input_ids"].device)
         capture = Capture(sites)
-        with self._running(self._map(prompts, starts), first=width - 1 if cache else 0), capture.running():
+        with self._running(self._map(shown, starts), first=width - 1 if cache else 0), capture.running():
             sequences = self.model.generate(
                 **prompts,
                 **cache,
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
+                # Whoever is done goes on until all are: its pieces are still needed.
+                synced_gpus=self._hashes is not None,
                 pad_token_id=self.tokenizer.pad_token_id,
             )
         answers = [_until_end(row, self._end_ids()) for row in sequences[:, width:].tolist()]
         mask = torch.zeros_like(sequences)
-        mask[:, :width] = prompts["attention_mask"]
+        mask[:, :width] = shown["attention_mask"]
         for row, answer in enumerate(answers):
             mask[row, width : width + len(answer)] = 1
         token_map = self._map({"input_ids": sequences, "attention_mask": mask}, starts, answers)
@@ -374,6 +493,8 @@ class VisionLanguageModel(nn.Module):
             inputs: Encoded batch with labels, with any padding.
             sites: Where to read states.
         """
+        self._check_one_sequence("states of given answers")
+        inputs = self._placed(inputs)
         is_answer = inputs["labels"] != IGNORED
         starts = is_answer.to(torch.uint8).argmax(dim=1)
         answers = [
@@ -383,12 +504,15 @@ class VisionLanguageModel(nn.Module):
         token_map = self._map(inputs, starts, answers)
         capture = Capture(sites)
         with self._running(token_map), capture.running():
-            self.model(**with_positions({name: value for name, value in inputs.items() if name != "labels"}))
+            given = {name: value for name, value in inputs.items() if name != "labels"}
+            self.model(**with_positions(self.model, given))
         return self._finish(token_map, capture)
 
     @torch.inference_mode()
     def logits(self, inputs: dict[str, Tensor]) -> Tensor:
         """Logits [B, T, tokens] of an encoded batch with any padding, steered where the model is."""
+        self._check_one_sequence("logits of given answers")
+        inputs = self._placed(inputs)
         ids, kept = inputs["input_ids"], inputs["attention_mask"]
         # Behind the last token, whatever the padding.
         starts, answers = ids.shape[1] - kept.flip(1).to(torch.uint8).argmax(dim=1), None
@@ -397,7 +521,7 @@ class VisionLanguageModel(nn.Module):
             answers = [[0]] * len(ids)  # there are some, and which does not matter
         given = {name: value for name, value in inputs.items() if name != "labels"}
         with self._running(self._map(inputs, starts, answers)):
-            logits: Tensor = self.model(**with_positions(given)).logits
+            logits: Tensor = self.model(**with_positions(self.model, given)).logits
         return logits
 
     @torch.inference_mode()
@@ -423,20 +547,14 @@ class VisionLanguageModel(nn.Module):
         Raises:
             ValueError: It does not; concepts and logit lens would not mean what the model says.
         """
-        last = list(self.sites(["lm.block.*"]))[-1]
-        device = self.model.device
-        ids = torch.tensor([self.tokenizer("a picture of")["input_ids"]], device=device)
-        capture = Capture([last])
-        with torch.inference_mode(), capture.running():
-            logits = self.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
-            state = next(iter(capture.raw().values()))
-            ours = self.unembed(self.final_norm(state))
+        logits, state = self._asked()
+        with torch.inference_mode():
+            difference = _difference(self.unembed(state), logits)
         tolerance = 1e-4 if logits.dtype == torch.float32 else 5e-2
-        difference = float((ours - logits).abs().max() / logits.abs().max())
         if not difference <= tolerance:
             raise ValueError(
                 f"{self.source}: unembedding(norm(lm.block.last)) differs from the model's logits by "
-                f"{difference:.1e} of their size; this architecture needs an entry in backbone/sites.py"
+                f"{difference:.1e} of their size; this architecture needs an entry in backbone/structure.py"
             )
 
     @contextmanager
@@ -449,12 +567,11 @@ class VisionLanguageModel(nn.Module):
 
     def _map(self, inputs: dict[str, Tensor], starts: Tensor, answers: list[list[int]] | None = None) -> TokenMap:
         ids = inputs["input_ids"]
-        roles = prompt_roles(ids, inputs["attention_mask"], self.encode.image_token_id, self._special_ids())
-        columns = torch.arange(ids.shape[1], device=ids.device)
-        in_answer = columns >= starts[:, None]
-        roles[(roles == Role.PROMPT) & in_answer] = Role.ANSWER
-        # A model may write the image token; no visual token stands there.
-        roles[(roles == Role.IMAGE) & in_answer] = Role.SPECIAL
+        in_prompt = torch.arange(ids.shape[1], device=ids.device) < starts[:, None]
+        special = self._special_ids()
+        visual = self.encode.image_token_id if self.structure.has_visual_tokens else None
+        roles = prompt_roles(ids, inputs["attention_mask"], in_prompt, visual, special)
+        roles[(roles == Role.PROMPT) & ~in_prompt] = Role.ANSWER
         answers = answers if answers is not None else [[] for _ in ids]
         words = [answer_words(self.tokenizer, answer) for answer in answers]
         return TokenMap(ids, roles, starts, answers, words)
@@ -479,6 +596,14 @@ def _is_model(path: str) -> bool:
     except (OSError, ValueError):
         return False
     return True
+
+
+def _difference(ours: Tensor, logits: Tensor) -> float:
+    """How far logits are from a model's own, relative to their size; tokens that it forbids are left out."""
+    if ours.shape != logits.shape:
+        return float("inf")
+    allowed = ~(logits < torch.finfo(logits.dtype).min / 2)
+    return float((ours - logits)[allowed].abs().max() / logits[allowed].abs().max())
 
 
 def _until_end(row: list[int], ends: set[int]) -> list[int]:

@@ -1,28 +1,45 @@
-"""Which part of the original picture each visual token covers, found by asking the model's own processor.
+"""Which part of the original picture each visual token covers, found by asking the model and its own processor.
 
-Processors resize, crop, pad and tile in many ways. Rather than repeat their arithmetic, a picture whose colors are its
-coordinates is sent through: red grows from left to right, green from top to bottom. What comes out says where every
-pixel that the model sees came from.
+Processors resize, crop, pad, tile and reorder in many ways, and models merge, shuffle and unpad what they are given.
+Rather than repeat their arithmetic, both are asked. The processor: pictures whose colors are their coordinates say
+where every number that it gives out came from. The model: a gradient says which of these numbers a visual token is
+made of, when the blocks of the vision tower, which mix all patches, are passed by.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from math import isqrt
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
+
+from .hooks import replace_state
+from .structure import Structure
 
 # Near the ends of the scale resampling overshoots and is clipped.
-_LOW, _HIGH = 8.0, 247.0
+_LOW, _HIGH = 8 / 255, 247 / 255
+# A number of the picture is shared by tokens if its gradient changes by this share; so many may be, by chance.
+_MIXED, _MANY = 0.05, 0.02
+# Numbers that tell where a token is which shares them with others.
+_LARGEST = 16384
+# Share of a side by which coordinates may miss a straight line.
+_STRAIGHT = 0.02
+# Tokens of fewer may well be made of the whole picture each.
+_FEW = 4
 
 
 @dataclass(frozen=True)
 class PatchGrid:
     """The visual tokens of one picture, in the order of their positions.
+
+    A token that covers nothing, such as one that ends a row, has tile, row and column −1 and an empty box.
 
     Attributes:
         tile: Number of the crop that each of the P tokens belongs to [P].
@@ -38,84 +55,358 @@ class PatchGrid:
     boxes: Tensor
 
 
-def find_patch_grid(image_processor: Any, width: int, height: int, tokens: int) -> PatchGrid:
-    """Find the grid of pictures of one size.
+class PatchFinder:
+    """Finds the patches of pictures of any size for one model.
 
     Args:
-        image_processor: The model's image processor.
-        width: Width of the original picture in pixels, at least 2.
-        height: Its height, at least 2.
-        tokens: Visual tokens that such a picture becomes.
+        structure: The model's parts.
+        encode: Makes the model's inputs of a picture, on the model's device.
+        image_token_id: Id of the token that stands for one visual token.
+    """
+
+    def __init__(
+        self, structure: Structure, encode: Callable[[Image.Image], dict[str, Tensor]], image_token_id: int | None
+    ) -> None:
+        self.structure = structure
+        self.encode = encode
+        self.image_token_id = -1 if image_token_id is None else image_token_id
+        self._found: dict[tuple[object, ...], Tensor] = {}
+
+    def __call__(self, width: int, height: int) -> PatchGrid:
+        """Find the grid of pictures of one size.
+
+        Args:
+            width: Width of the original picture in pixels, at least 2.
+            height: Its height, at least 2.
+
+        Raises:
+            ValueError: Every visual token is made of the whole picture, or the model is given no pixels.
+        """
+        # Tensors that a gradient can be taken of, whatever surrounds this.
+        with torch.inference_mode(False), torch.enable_grad():
+            across, down = (self.encode(_coordinates(width, height, axis)) for axis in (0, 1))
+            black, white = (self.encode(Image.new("RGB", (width, height), color)) for color in ("black", "white"))
+            name = self._name_of_pixels(black, white)
+            # What is padding is the same in both; all else is brought to shares of the picture's sides.
+            span = white[name].double() - black[name].double()
+            span = torch.where(span.abs() > 1e-3 * span.abs().max(), span, torch.nan)
+            x, y = (((given[name].double() - black[name].double()) / span).cpu() for given in (across, down))
+            # What a token is made of does not depend on the picture's content.
+            others = tuple(value.cpu().numpy().tobytes() for other, value in across.items() if other != name)
+            if (key := (x.shape, others)) not in self._found:
+                self._found[key] = self._contributions(across, name).cpu()
+        weights = self._found[key]
+        x, y = x * (width - 1) + 0.5, y * (height - 1) + 0.5
+        tiles = _tiles(weights, _crop_numbers(x.shape))
+        if not bool((tiles == torch.arange(len(tiles))).all()):  # coordinates within crops mean nothing across them
+            x, y = x.flatten(), y.flatten()
+        return _grid(weights, _Scale.of(x, -1, width), _Scale.of(y, -2, height), tiles)
+
+    def _name_of_pixels(self, black: dict[str, Tensor], white: dict[str, Tensor]) -> str:
+        for name, value in black.items():
+            if value.is_floating_point() and value.shape == white[name].shape and not torch.equal(value, white[name]):
+                return name
+        raise ValueError(f"{self._model}: a black and a white picture give the same inputs; patches cannot be placed")
+
+    def _contributions(self, inputs: dict[str, Tensor], name: str) -> Tensor:
+        """Which numbers of the picture each visual token is made of: sparse weights [P, numbers]."""
+        pixels = inputs[name].detach().clone().requires_grad_()
+        with _passing_by_blocks(self.structure):
+            states = self._visual_tokens({**inputs, name: pixels})
+        # One number a token, along a random direction, so that nothing of its state is missed.
+        direction = torch.randn(states.shape[-1], generator=torch.Generator().manual_seed(0))
+        tokens = states.float() @ direction.to(states.device)
+        gradient: Any = torch.autograd.grad(tokens.sum(), pixels, retain_graph=True, allow_unused=True)[0]
+        if gradient is None:
+            regular = _regular(len(states), pixels.shape)
+            if regular is None:
+                raise ValueError(
+                    f"{self._model}: {len(states)} visual tokens do not divide into crops of "
+                    f"{' x '.join(map(str, pixels.shape[-2:]))} pixels; patches cannot be placed"
+                )
+            return regular
+        found = _by_codes(tokens, pixels, gradient)
+        return found if found is not None else _evened(_one_by_one(tokens, pixels, self._model), pixels.shape)
+
+    def _visual_tokens(self, inputs: dict[str, Tensor]) -> Tensor:
+        """What the language model is given at the image positions [P, D]."""
+
+        def stop(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            raise _Reached(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
+
+        handle = self.structure.blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
+        states = torch.empty(0)
+        try:
+            self.structure.model(**inputs)
+        except _Reached as reached:
+            states = reached.args[0]
+        finally:
+            handle.remove()
+        return states[torch.eq(inputs["input_ids"], self.image_token_id)]
+
+    @property
+    def _model(self) -> str:
+        return type(self.structure.model).__name__
+
+
+class _Reached(Exception):
+    """The first block of the language model is reached; its only argument is what goes into it."""
+
+
+@contextmanager
+def _passing_by_blocks(structure: Structure) -> Iterator[None]:
+    """Within the context the blocks of the vision tower return what they are given."""
+    encoder = structure.image_encoder
+    lists = [] if encoder is None else [module for module in encoder.modules() if isinstance(module, nn.ModuleList)]
+    with ExitStack() as stack:
+        for block in (block for blocks in lists for block in blocks):
+            stack.enter_context(patch.object(block, "forward", _passed_by(block.forward)))
+        yield
+
+
+def _passed_by(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def identity(*args: Any, **kwargs: Any) -> Any:
+        given = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        # Run once for the form of what it returns.
+        with torch.no_grad():
+            output = forward(*args, **kwargs)
+        state = output[0] if isinstance(output, tuple) else output
+        if given is None or not isinstance(state, Tensor) or state.shape != given.shape:
+            return forward(*args, **kwargs)
+        return replace_state(output, given)
+
+    return identity
+
+
+def _by_codes(tokens: Tensor, pixels: Tensor, plain: Tensor) -> Tensor | None:
+    """Find the one token that each number is part of, from a handful of gradients; nothing where numbers are shared.
+
+    The number of a token is written in binary into the signs of a sum over tokens: where the gradient of a number of
+    the picture changes its sign, its token has that digit.
+
+    Args:
+        tokens: A number of each token [P].
+        pixels: The numbers of the picture.
+        plain: Gradient of the sum of `tokens`.
+    """
+    numbers = torch.arange(len(tokens), device=tokens.device)
+    owner = torch.zeros_like(plain, dtype=torch.long)
+    shared = torch.zeros_like(plain, dtype=torch.bool)
+    for digit in range(max(len(tokens) - 1, 0).bit_length()):
+        has = numbers >> digit & 1
+        (coded,) = torch.autograd.grad((tokens * (1 - 2 * has)).sum(), pixels, retain_graph=True)
+        owner |= (coded * plain < 0).long() << digit
+        shared |= (coded.abs() - plain.abs()).abs() > _MIXED * plain.abs()
+    used = plain != 0
+    if not used.any() or float((shared & used).sum() / used.sum()) > _MANY:
+        return None
+    entries = (used & ~shared).flatten().nonzero().flatten()
+    indices = torch.stack([owner.flatten()[entries], entries])
+    return torch.sparse_coo_tensor(indices, torch.ones(len(entries)), (len(tokens), pixels.numel())).coalesce()
+
+
+def _one_by_one(tokens: Tensor, pixels: Tensor, model: str) -> Tensor:
+    """Weigh the numbers that each token is made of by their gradients, where neighbours share numbers.
 
     Raises:
-        ValueError: The processor gives no crops in rows and columns of pixels, or they do not divide into `tokens`.
+        ValueError: Most tokens share most numbers.
     """
-    pixels = image_processor(
-        images=[_coordinates(width, height)], do_normalize=False, do_rescale=False, return_tensors="pt"
-    )["pixel_values"]
-    if pixels.ndim < 4 or pixels.shape[-3] != 3:
+    rows, sharing = [], torch.zeros(pixels.numel(), device=pixels.device)
+    for token in tokens:
+        (gradient,) = torch.autograd.grad(token, pixels, retain_graph=True)
+        weight = gradient.flatten().float().square()
+        sharing += weight != 0
+        rows.append(weight.topk(min(_LARGEST, len(weight))))
+    if len(rows) >= _FEW and float(sharing[sharing > 0].mean()) > len(rows) / 2:
         raise ValueError(
-            f"{type(image_processor).__name__} gives pictures as {tuple(pixels.shape)}, not as crops of "
-            "[3, height, width]; patches cannot be placed"
+            f"{model}: every visual token is made of the whole picture (by a resampler), and covers no part of it"
         )
-    crops = pixels.reshape(-1, *pixels.shape[-3:]).float()
-    rows, columns = _shape(tokens, *crops.shape)
-    indices = torch.cartesian_prod(torch.arange(len(crops)), torch.arange(rows), torch.arange(columns))
-    tile, row, column = indices.unbind(dim=1)
-    boxes = torch.empty(tokens, 4)
-    for number, crop in enumerate(crops):
-        here = tile == number
-        across = _edges(crop[0].mean(dim=0), crop[2].mean(dim=0), columns, width)
-        down = _edges(crop[1].mean(dim=1), crop[2].mean(dim=1), rows, height)
-        boxes[here] = torch.stack(
-            [across[column[here]], down[row[here]], across[column[here] + 1], down[row[here] + 1]], dim=1
-        )
-    return PatchGrid(tile, row, column, boxes)
+    owners = torch.arange(len(rows), device=pixels.device).repeat_interleave(len(rows[0].indices))
+    indices = torch.stack([owners, torch.cat([row.indices for row in rows])])
+    values = torch.cat([row.values for row in rows])
+    indices, values = indices[:, values > 0], values[values > 0]
+    return torch.sparse_coo_tensor(indices, values, (len(tokens), pixels.numel())).coalesce()
 
 
-def _coordinates(width: int, height: int) -> Image.Image:
-    """A picture whose red is its column and whose green is its row, both from 0 to 255."""
-    red = np.linspace(0, 255, width)[None, :] + _dither(height)[:, None]
-    green = np.linspace(0, 255, height)[:, None] + _dither(width)[None, :]
-    colors = np.stack([red, green, np.zeros((height, width))], axis=2)
-    return Image.fromarray(colors.round().clip(0, 255).astype(np.uint8))
+def _evened(weights: Tensor, shape: torch.Size) -> Tensor:
+    """Rows of square patches in place of patches that reach over their neighbours, where these lie like that."""
+    regular = _regular(weights.shape[0], shape)
+    if regular is None:
+        return weights
+    *_, height, width = shape
+    places = []
+    for found in (weights, regular):
+        (token, number), weight = found.cpu().indices(), found.cpu().values()
+        crop, row, column = number // (3 * height * width), number // width % height, number % width
+        total = weight.new_zeros(found.shape[0]).index_add(0, token, weight)
+        sums = [weight.new_zeros(len(total)).index_add(0, token, weight * at) for at in (crop, row, column)]
+        places.append(torch.stack(sums) / total)
+    cell = torch.tensor([1e-3, *(2 * side / len(places[0][0]) ** 0.5 for side in (height, width))])
+    return regular if bool(((places[0] - places[1]).abs() < cell[:, None]).all()) else weights
 
 
-def _dither(length: int) -> NDArray[np.float64]:
-    """Shifts of up to half a level along the other side, so that rounding to levels averages out over a line."""
-    return np.linspace(0, 8, length, endpoint=False) % 1 - 0.5
-
-
-def _shape(tokens: int, crops: int, channels: int, height: int, width: int) -> tuple[int, int]:
-    """Rows and columns of one crop whose patches are square."""
-    per_crop = tokens // crops
-    columns = round((per_crop * width / height) ** 0.5)
-    rows = per_crop // max(columns, 1)
+def _regular(tokens: int, shape: torch.Size) -> Tensor | None:
+    """Rows of square patches in every crop [..., 3, height, width], as many as tokens; nothing if none fit."""
+    if len(shape) < 4:
+        return None
+    *_, height, width = shape
+    crops = int(np.prod(shape[:-3]))
+    columns = round((tokens / crops * width / height) ** 0.5)
+    rows = tokens // crops // max(columns, 1)
     if rows * columns * crops != tokens:
-        raise ValueError(
-            f"{tokens} visual tokens do not divide into {crops} crops of {height} x {width} pixels; this "
-            "model arranges them in another way"
-        )
-    return rows, columns
+        return None
+    row = torch.arange(height) * rows // height
+    column = torch.arange(width) * columns // width
+    crop = torch.arange(crops)[:, None, None, None]
+    owner = (crop * rows * columns + row[:, None] * columns + column).expand(-1, shape[-3], -1, -1).flatten()
+    indices = torch.stack([owner, torch.arange(len(owner))])
+    return torch.sparse_coo_tensor(indices, torch.ones(len(owner)), (tokens, len(owner))).coalesce()
 
 
-def _edges(scale: Tensor, blue: Tensor, cells: int, length: int) -> Tensor:
-    """Original coordinates [cells + 1] of the cell borders along one side of a crop.
+def _coordinates(width: int, height: int, axis: int) -> Image.Image:
+    """A picture whose gray is the column (axis 0) or the row (axis 1), from black to white."""
+    # Shifts of up to half a level along the other side, so that rounding to levels averages out over a line.
+    across, along = (width, height) if axis == 0 else (height, width)
+    shifts = np.linspace(0, 8, along, endpoint=False) % 1 - 0.5
+    levels = (np.linspace(0, 255, across)[None, :] + shifts[:, None]).round().clip(0, 255).astype(np.uint8)
+    return Image.fromarray(levels if axis == 0 else levels.T.copy()).convert("RGB")
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """Where the numbers of a picture lie along one side: place = slope · index + offset.
+
+    Attributes:
+        indices: Index of every number [numbers]: its column (or row) in its crop where these are known, else its place
+            itself.
+        slope: Of each crop [crops].
+        offset: Of each crop [crops]; not a number in a crop of padding alone.
+    """
+
+    indices: Tensor
+    slope: Tensor
+    offset: Tensor
+
+    @classmethod
+    def of(cls, places: Tensor, axis: int, length: int) -> _Scale:
+        """Fit a line to the places along one side of every crop.
+
+        Resizing, cropping and padding are affine, so it holds for the whole side, and over padding.
+
+        Args:
+            places: Place of every number, arranged as the processor does; not a number in padding.
+            axis: −1 for columns, −2 for rows.
+            length: Length of that side of the picture.
+        """
+        crops = _crop_numbers(places.shape)
+        count = int(crops.max()) + 1
+        own = cls(places.flatten(), torch.ones(count).double(), torch.zeros(count).double())
+        if places.ndim >= 4 and places.shape[-3] == 3:
+            cells = places.flatten(0, -4).movedim(1, -1)
+        elif places.ndim >= 3 and (side := isqrt(places.shape[-2])) ** 2 == places.shape[-2]:
+            cells = places.reshape(-1, side, side, places.shape[-1])
+        else:
+            return own
+        # [crops, rows, columns, channels or pixels of a patch] → what is known along the side [crops, cells].
+        lines = cells.nanmean(dim=(1 if axis == -1 else 2, 3))
+        known = lines.isfinite()
+        clear = known & (lines > _LOW * length) & (lines < _HIGH * length)
+        known = torch.where(clear.sum(dim=1, keepdim=True) > 1, clear, known)
+        slope, offset = (torch.stack(one) for one in zip(*map(_line, lines, known), strict=True))
+        steps = torch.arange(lines.shape[1])
+        missed = (slope[:, None] * steps + offset[:, None] - lines)[known].abs()
+        if not bool((missed < _STRAIGHT * length).all()):
+            return own
+        indices = (steps[:, None] if axis == -1 else steps[:, None, None]).double().expand_as(cells)
+        if places.ndim >= 4 and places.shape[-3] == 3:
+            indices = indices.movedim(-1, 1)
+        return cls(indices.flatten(), slope, offset)
+
+
+def _line(values: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+    """Slope and offset of the line through the known ones of equally spaced values [cells]."""
+    if int(known.sum()) < 2:
+        return values.new_zeros(()), values.new_tensor(torch.nan)
+    steps = torch.arange(len(values), dtype=values.dtype)
+    design = torch.stack([steps, torch.ones_like(steps)], dim=1)
+    slope, offset = torch.linalg.lstsq(design[known], values[known, None]).solution[:, 0]
+    return slope, offset
+
+
+def _crop_numbers(shape: torch.Size) -> Tensor:
+    """Number of the crop of every number of a picture [numbers]."""
+    inner = 3 if len(shape) >= 4 and shape[-3] == 3 else min(len(shape), 2)
+    return torch.arange(int(np.prod(shape))) // int(np.prod(shape[-inner:]))
+
+
+def _tiles(weights: Tensor, crops: Tensor) -> Tensor:
+    """Number of the tile of each crop [crops]: tokens that are made of several crops join them.
 
     Args:
-        scale: Mean coordinate color along the side [pixels].
-        blue: Mean blue along the side [pixels]; only padding has any.
-        cells: Patches along the side.
-        length: Length of that side of the original picture in pixels.
+        weights: Sparse [P, numbers].
+        crops: Number of the crop of every number [numbers].
     """
-    known = (scale > _LOW) & (scale < _HIGH) & (blue < 1)
-    if int(known.sum()) < 2:
-        known = torch.ones_like(known)
-    positions = torch.arange(len(scale), dtype=torch.float64) + 0.5
-    # Resizing, cropping and padding are affine, so one straight line holds for the whole side.
-    design = torch.stack([positions[known], torch.ones(int(known.sum()), dtype=torch.float64)], dim=1)
-    originals = scale[known].double() * (length - 1) / 255 + 0.5
-    slope, offset = torch.linalg.lstsq(design, originals[:, None]).solution.flatten().tolist()
-    borders = torch.arange(cells + 1, dtype=torch.float64) * len(scale) / cells
-    edges: Tensor = slope * borders + offset
-    return edges.float()
+    token, number = weights.indices()
+    tiles = torch.arange(int(crops.max()) + 1)
+    if len(tiles) >= weights.shape[0]:  # these are patches, not crops
+        return torch.zeros_like(tiles)
+    pairs = torch.full((2, weights.shape[0]), -1)
+    pairs[0].scatter_reduce_(0, token, crops[number], "amin", include_self=False)
+    pairs[1].scatter_reduce_(0, token, crops[number], "amax", include_self=False)
+    for first, last in sorted(set(zip(*pairs.tolist(), strict=True))):
+        if first >= 0 and tiles[first] != tiles[last]:
+            tiles[tiles == tiles[last]] = tiles[first].clone()
+    return tiles
+
+
+def _grid(weights: Tensor, across: _Scale, down: _Scale, tiles: Tensor) -> PatchGrid:
+    """Arrange tokens by where the numbers that they are made of lie.
+
+    Args:
+        weights: Sparse [P, numbers].
+        across: Columns of the numbers.
+        down: Their rows.
+        tiles: Number of the tile of each crop [crops]; numbers are in the order of crops.
+    """
+    (token, number), weight = weights.indices(), weights.values().double()
+    count = weights.shape[0]
+    tile = torch.full((count,), -1).scatter_reduce(0, token, tiles[number * len(tiles) // weights.shape[1]], "amax")
+    weight = torch.where((across.indices + down.indices)[number].isfinite(), weight, 0)
+    total = weight.new_zeros(count).index_add(0, token, weight)
+    tile = torch.where(total > 0, tile, -1)
+    row, column = torch.full_like(tile, -1), torch.full_like(tile, -1)
+    boxes = torch.zeros(count, 4, dtype=torch.double)
+    for cell, scale, left, right in ((column, across, 0, 2), (row, down, 1, 3)):
+        here = scale.indices[number].nan_to_num()
+        mean = weight.new_zeros(count).index_add(0, token, weight * here) / total
+        variance = weight.new_zeros(count).index_add(0, token, weight * (here - mean[token]) ** 2) / total
+        for one in sorted(set(tile.tolist()) - {-1}):
+            inside = tile == one
+            cell[inside], edges = _cells(mean[inside], (12 * variance[inside]).sqrt())
+            slope, offset = (value[min(one, len(value) - 1)] for value in (scale.slope, scale.offset))
+            edges = slope * edges + offset
+            boxes[inside, left], boxes[inside, right] = edges[cell[inside]], edges[cell[inside] + 1]
+    return PatchGrid(tile, row, column, boxes.nan_to_num().float())
+
+
+def _cells(centres: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """Number the columns (or rows) that tokens form, and find the borders between them.
+
+    Args:
+        centres: Where each token of a tile lies along a side [P].
+        sizes: About how long it is [P].
+
+    Returns:
+        Number of the cell of each token [P]; borders [cells + 1].
+    """
+    ordered, order = centres.sort()
+    gaps = ordered.diff()
+    # Tokens of one column differ by rounding only.
+    apart = gaps > max(0.1 * float(sizes.median()), 0.2 * float(gaps.max()) if len(gaps) else 0.0, 1e-6)
+    ranks = torch.cat([torch.zeros(1, dtype=torch.long), apart.cumsum(0)])
+    cell = torch.empty_like(order).scatter(0, order, ranks)
+    middles = centres.new_zeros(int(ranks[-1]) + 1).index_add(0, cell, centres) / cell.bincount()
+    if len(middles) == 1:
+        return cell, torch.cat([middles - sizes.median() / 2, middles + sizes.median() / 2])
+    borders = (middles[1:] + middles[:-1]) / 2
+    return cell, torch.cat([2 * middles[:1] - borders[:1], borders, 2 * middles[-1:] - borders[-1:]])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
+from inspect import signature
 from typing import Any
 
 import torch
@@ -13,15 +15,19 @@ IGNORED = -100
 """Label of positions at which nothing is learned."""
 
 
+# Which tiles of the picture each position sees [B, T, pictures, tiles], where they are reached by cross-attention.
+_SEEN = "cross_attention_mask"
+
+
 class PromptEncoder:
     """Encodes batches of one picture and one prompt each. Holds no weights, so loader processes can have it.
 
     Args:
         processor: The model's processor.
-        image_token_id: Id of the token that stands for one visual token.
+        image_token_id: Id of the token that stands for one visual token; none where the model has no such token.
     """
 
-    def __init__(self, processor: Any, image_token_id: int) -> None:
+    def __init__(self, processor: Any, image_token_id: int | None) -> None:
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.image_token_id = image_token_id
@@ -44,24 +50,37 @@ class PromptEncoder:
             [B, T] holds the answer's tokens, end of sequence included, and −100 elsewhere.
         """
         texts = [self._render(prompt) for prompt in prompts]
+        # Some chat templates write the beginning of sequence themselves, others leave it to the tokenizer.
         bos = self.tokenizer.bos_token
-        inputs = dict(
-            self.processor(
-                images=list(images),
-                text=texts,
-                padding=True,
-                padding_side="left",
-                return_tensors="pt",
-                # Some chat templates write the beginning of sequence themselves, others leave it to the tokenizer.
-                add_special_tokens=not (bos and texts[0].startswith(bos)),
-            )
-        )
+        inputs = self._process(images, texts, add_special_tokens=not (bos and texts[0].startswith(bos)))
+        inputs.pop("labels", None)  # of some processors, for texts that end in an answer
+        # Processors that place the picture themselves may leave the padding behind it.
+        inputs = prompts_only(inputs, self.tokenizer.pad_token_id)
         if targets is None:
             return inputs
         answers = [
             self._answer_ids(text, prompt, target) for text, prompt, target in zip(texts, prompts, targets, strict=True)
         ]
-        return append_answers(inputs, answers, self.tokenizer.pad_token_id)
+        return append_answers(inputs, answers, self.tokenizer.pad_token_id, self.image_token_id)
+
+    def _process(self, images: Sequence[Image.Image], texts: Sequence[str], **options: Any) -> dict[str, Tensor]:
+        given = {"text": list(texts), "padding": True, "padding_side": "left", "return_tensors": "pt", **options}
+        try:
+            # Most processors take a list of pictures for each text, some no other form, and some one list for all.
+            return dict(self.processor(images=[[image] for image in images], **given))
+        except ValueError:
+            return dict(self.processor(images=list(images), **given))
+
+    @cached_property
+    def _image_text(self) -> str:
+        """What a prompt without chat template begins with; nothing where the processor places the picture itself."""
+        if self.image_token_id is None:
+            return ""
+        try:
+            ids = self._process([Image.new("RGB", (64, 64))], ["."])["input_ids"]
+        except ValueError:  # it misses a place for the picture
+            ids = torch.tensor([])
+        return "" if (ids == self.image_token_id).any() else f"{self.tokenizer.decode([self.image_token_id])}\n"
 
     def _render(self, prompt: str, answer: str | None = None) -> str:
         """The conversation as text: up to where the model answers, or with its whole answer."""
@@ -69,7 +88,7 @@ class PromptEncoder:
         if answer is not None:
             turns.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
         if self.processor.chat_template is None:
-            text = f"{self.tokenizer.convert_ids_to_tokens(self.image_token_id)}\n{prompt.strip()}"
+            text = f"{self._image_text}{prompt.strip()}"
             return text if answer is None else f"{text} {answer}{self.tokenizer.eos_token or ''}"
         rendered: str = self.processor.apply_chat_template(turns, add_generation_prompt=answer is None, tokenize=False)
         return rendered
@@ -89,28 +108,40 @@ class PromptEncoder:
         return alone
 
 
-def append_answers(inputs: dict[str, Tensor], answers: Sequence[Sequence[int]], pad_token_id: int) -> dict[str, Tensor]:
+def append_answers(
+    inputs: dict[str, Tensor],
+    answers: Sequence[Sequence[int]],
+    pad_token_id: int,
+    image_token_id: int | None = None,
+) -> dict[str, Tensor]:
     """Append token rows to prompts and pad on the right.
 
     Args:
-        inputs: An encoded batch of B prompts; tensors of the shape of `input_ids` [B, T] are extended with 0.
+        inputs: An encoded batch of B prompts; tensors with a value for every position [B, T] go with it.
         answers: B rows of token ids.
         pad_token_id: Fills the ends of shorter rows.
+        image_token_id: Id of the token that stands for one visual token.
 
     Returns:
         The batch with `labels`.
     """
-    mask = inputs["attention_mask"].bool()
+    ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
     prompt_lengths = mask.sum(dim=1).tolist()
     width = max(length + len(answer) for length, answer in zip(prompt_lengths, answers, strict=True))
-    shape = inputs["input_ids"].shape
     extended = dict(inputs)
     for name, value in inputs.items():
-        if value.shape == shape:
-            rows = value.new_full((shape[0], width), pad_token_id if name == "input_ids" else 0)
-            for row, length in enumerate(prompt_lengths):
-                rows[row, :length] = value[row, mask[row]]
-            extended[name] = rows
+        if not _by_position(name, value, ids.shape):
+            continue
+        fill = pad_token_id if name == "input_ids" else 0
+        if name == "token_type_ids":
+            # Tokens of the picture's type may see each other both ways; an answer is read forwards.
+            fill = int(not value[ids == image_token_id].any())
+        rows = value.new_full((len(ids), width, *value.shape[2:]), fill)
+        for row, (length, answer) in enumerate(zip(prompt_lengths, answers, strict=True)):
+            rows[row, :length] = value[row, mask[row]]
+            if name == _SEEN:  # an answer sees of the picture what the end of its prompt sees
+                rows[row, length : length + len(answer)] = rows[row, length - 1]
+        extended[name] = rows
     labels = torch.full_like(extended["input_ids"], IGNORED)
     for row, (length, answer) in enumerate(zip(prompt_lengths, answers, strict=True)):
         tokens = torch.tensor(answer, dtype=labels.dtype)
@@ -119,6 +150,11 @@ def append_answers(inputs: dict[str, Tensor], answers: Sequence[Sequence[int]], 
         extended["attention_mask"][row, span] = 1
         labels[row, span] = tokens
     return {**extended, "labels": labels}
+
+
+def _by_position(name: str, value: Tensor, shape: torch.Size) -> bool:
+    """Whether a tensor has a value for every position of every sample [B, T]."""
+    return value.shape == shape or (name == _SEEN and value.shape[:2] == shape)
 
 
 def prompts_only(inputs: dict[str, Tensor], pad_token_id: int) -> dict[str, Tensor]:
@@ -134,7 +170,6 @@ def prompts_only(inputs: dict[str, Tensor], pad_token_id: int) -> dict[str, Tens
     keep = inputs["attention_mask"].bool()
     if "labels" in inputs:
         keep = keep & (inputs["labels"] == IGNORED)
-    shape = inputs["input_ids"].shape
     lengths = keep.sum(dim=1)
     width = int(lengths.max())
     # Stable sort by "kept" moves the kept positions to the right without changing their order.
@@ -144,19 +179,24 @@ def prompts_only(inputs: dict[str, Tensor], pad_token_id: int) -> dict[str, Tens
     for name, value in inputs.items():
         if name == "labels":
             continue
-        if value.shape == shape:
+        if _by_position(name, value, keep.shape):
             fill = pad_token_id if name == "input_ids" else 0
-            value = value.gather(1, order).masked_fill(~filled, fill)
+            beyond = (..., *[None] * (value.ndim - 2))
+            value = value.gather(1, order[beyond].expand(-1, -1, *value.shape[2:])).masked_fill(~filled[beyond], fill)
         trimmed[name] = value
     return trimmed
 
 
-def with_positions(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Add `position_ids` [B, T] that count from each row's first token, where rows are padded on the left.
+def with_positions(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Add the positions that a model itself would generate with, where rows are padded on the left.
 
-    Without them a plain forward pass counts padding too; generation does this by itself.
+    Without them a plain forward pass counts padding too. Positions may have several parts (M-RoPE).
+
+    Args:
+        model: The transformers model.
+        inputs: An encoded batch.
     """
-    mask = inputs["attention_mask"]
-    if bool(mask[:, 0].all()):
+    padded_before = (inputs["attention_mask"].diff(dim=1) > 0).any() or not inputs["attention_mask"][:, 0].all()
+    if not padded_before or "position_ids" not in signature(model.forward).parameters:
         return inputs
-    return {**inputs, "position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0)}
+    return {**inputs, "position_ids": model._prepare_position_ids_for_generation(inputs["input_ids"], inputs)}

@@ -74,11 +74,24 @@ class TokenMap:
         return torch.cat([columns, columns.new_full((columns.shape[0], missing), Role.ANSWER)], dim=1)
 
 
-def prompt_roles(token_ids: Tensor, attention_mask: Tensor, image_token_id: int, special_ids: Sequence[int]) -> Tensor:
-    """Roles [B, L] of encoded prompts, from their ids and mask [B, L]."""
+def prompt_roles(
+    token_ids: Tensor,
+    attention_mask: Tensor,
+    in_prompt: Tensor,
+    image_token_id: int | None,
+    special_ids: Sequence[int],
+) -> Tensor:
+    """Roles [B, L] of encoded prompts with one picture each, from ids, mask and where the prompt is [B, L].
+
+    What stands between the first and the last visual token of a sample ends its rows or parts its tiles: it is special,
+    and so is an image token that the model has written, where no visual token stands.
+    """
+    special = token_ids.new_tensor([*special_ids, *([] if image_token_id is None else [image_token_id])])
     roles = torch.full_like(token_ids, Role.PROMPT)
-    roles[torch.isin(token_ids, torch.tensor(list(special_ids), device=token_ids.device))] = Role.SPECIAL
-    roles[token_ids == image_token_id] = Role.IMAGE
+    roles[torch.isin(token_ids, special)] = Role.SPECIAL
+    is_image = (token_ids == (-1 if image_token_id is None else image_token_id)) & in_prompt
+    roles[is_image.cumsum(dim=1).bool() & is_image.flip(1).cumsum(dim=1).flip(1).bool()] = Role.SPECIAL
+    roles[is_image] = Role.IMAGE
     roles[attention_mask == 0] = Role.PAD
     return roles
 
