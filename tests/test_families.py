@@ -1,0 +1,240 @@
+"""The whole contract of the wrapper, on tiny random models of many families."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from conceptshift.lightning_modules import VisionLanguageModel
+from conceptshift.lightning_modules.backbone import Role
+from conceptshift.lightning_modules.backbone.interventions import Steering
+from conceptshift.lightning_modules.backbone.knockout import AttentionKnockout
+from conceptshift.lightning_modules.backbone.prompts import append_answers
+from conceptshift.tests.families.crops import CROPS
+from conceptshift.tests.families.dynamic import DYNAMIC
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+FAMILIES: dict[str, Callable[[], tuple[Any, Any]]] = {**CROPS, **DYNAMIC}
+# Every visual token of these is made of the whole picture.
+RESAMPLED = {"idefics2", "blip-2", "instructblip", "aria"}
+WITHOUT_VISUAL_TOKENS = {"mllama"}
+# Tokens of a codebook: they change altogether or not at all.
+LOOKED_UP = {"chameleon"}
+PLACED = sorted(FAMILIES.keys() - RESAMPLED - WITHOUT_VISUAL_TOKENS - LOOKED_UP)
+# Convolutions let a patch reach into the tokens around it.
+REACHING = {"got_ocr2"}
+# Some positions before the last one of the prompt see what comes after them.
+BOTH_WAYS = {"paligemma", "gemma3", "molmo2"}
+# The Q-Former counts padding, so that what it makes of a picture depends on the length of the prompts beside it.
+COUNTS_PADDING = {"instructblip"}
+# Blocks that mix positions without attention.
+WITHOUT_ATTENTION = {"qwen3_5", "lfm2_vl"}
+
+PROMPTS = ["What is it?", "Describe this picture in one short sentence."]
+
+
+@cache
+def load(family: str) -> VisionLanguageModel:
+    return VisionLanguageModel(*FAMILIES[family](), family)
+
+
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    cells = torch.randint(256, (6, 6, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return Image.fromarray(cells.numpy()).resize((width, height), Image.Resampling.NEAREST)
+
+
+def pictures() -> list[Image.Image]:
+    return [noise(90, 60), noise(64, 128, seed=1)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_self_check(family: str) -> None:
+    model = load(family)
+    model.self_check()
+    logits, state = model._asked()
+    with torch.inference_mode():
+        ours = model.unembed(state)
+    allowed = logits > torch.finfo(logits.dtype).min / 2
+    torch.testing.assert_close(ours[allowed], logits[allowed], atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_states_are_those_that_the_model_itself_gives(family: str) -> None:
+    model = load(family)
+    inputs = model.encode(pictures()[:1], PROMPTS[:1])
+    sites = model.sites(["lm.embed", "lm.block.*"])
+    states = model.generate(inputs, 1, sites).states
+    given = model.model(**inputs, output_hidden_states=True)
+    library = given.get("hidden_states") or given.language_model_outputs.hidden_states
+    # The library norms what it calls the last hidden state.
+    assert len(library) == len(states)
+    for ours, theirs in zip(list(states.values())[:-1], library[:-1], strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - COUNTS_PADDING))
+def test_answers_and_states_do_not_depend_on_the_batch(family: str) -> None:
+    model = load(family)
+    site = model.sites(["lm.block.1"])
+    together = model.generate(model.encode(pictures(), PROMPTS), 4, site)
+    first = together.token_map.first_column.tolist()
+    for row, (picture, prompt) in enumerate(zip(pictures(), PROMPTS, strict=True)):
+        alone = model.generate(model.encode([picture], [prompt]), 4, site)
+        assert together.token_map.answers[row] == alone.token_map.answers[0]
+        own = alone.states["lm.block.1"][0]
+        there = together.states["lm.block.1"][row, first[row] :][: len(own)]
+        torch.testing.assert_close(there, own, atol=1e-4, rtol=1e-4)
+        roles = together.token_map.roles[row, first[row] :]
+        assert roles[: alone.token_map.roles.shape[1]].tolist() == alone.token_map.roles[0].tolist()
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - COUNTS_PADDING))
+def test_reading_an_answer_gives_the_states_of_writing_it(family: str) -> None:
+    model = load(family)
+    prompts, site = model.encode(pictures(), PROMPTS), model.sites(["lm.block.2"])
+    written = model.generate(prompts, 4, site)
+    rows = [[*answer] for answer in written.token_map.answers]
+    given = append(model, prompts, rows)
+    read = model.read(given, site)
+    for row, answer in enumerate(rows):
+        ends = [one.token_map.answer_start[row] - 1 for one in (written, read)]
+        ours, theirs = (
+            one.states["lm.block.2"][row, end : end + len(answer)]
+            for one, end in zip((written, read), ends, strict=True)
+        )
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def append(model: VisionLanguageModel, prompts: dict[str, Tensor], answers: list[list[int]]) -> dict[str, Tensor]:
+    return append_answers(prompts, answers, model.tokenizer.pad_token_id, model.encode.image_token_id)
+
+
+# --- the token map --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_visual_tokens_are_one_picture_each(family: str) -> None:
+    model = load(family)
+    done = model.generate(model.encode(pictures(), PROMPTS), 1, model.sites(["lm.embed"]))
+    counts = (done.token_map.roles == Role.IMAGE).sum(dim=1).tolist()
+    if family in WITHOUT_VISUAL_TOKENS:
+        assert counts == [0, 0]
+        with pytest.raises(ValueError, match=r"site 'projector' not found \(pictures reach the language model"):
+            model.sites(["projector"])
+        with pytest.raises(ValueError, match="no patches can be placed: pictures reach the language model through"):
+            model.patch_grid(90, 60)
+        return
+    if family in RESAMPLED:
+        with pytest.raises(ValueError, match="made of the whole picture"):
+            model.patch_grid(90, 60)
+        return
+    assert counts == [len(model.patch_grid(*picture.size).tile) for picture in pictures()]
+
+
+@pytest.mark.parametrize("size", [(200, 140), (70, 150)])
+@pytest.mark.parametrize("family", PLACED)
+def test_a_marked_patch_is_found(family: str, size: tuple[int, int]) -> None:
+    """What is drawn into the box of a visual token changes that token more than any other of its tile."""
+    model = load(family)
+    plain, grid = noise(*size), model.patch_grid(*size)
+    before = visual_tokens(model, plain)
+    tokens = [token for token in range(len(grid.tile)) if grid.tile[token] >= 0 and within(grid.boxes[token], size)]
+    assert tokens
+    for token in tokens[:: max(1, len(tokens) // 8)]:
+        left, top, right, bottom = grid.boxes[token].tolist()
+        marked = plain.copy()
+        inset = [(right - left) / 5, (bottom - top) / 5]
+        box = [left + inset[0], top + inset[1], right - inset[0] - 1, bottom - inset[1] - 1]
+        ImageDraw.Draw(marked).rectangle(box, fill=other_than(plain, box))
+        change = (visual_tokens(model, marked) - before).norm(dim=1)
+        tile = (grid.tile == grid.tile[token]).nonzero().flatten()
+        found = int(tile[change[tile].argmax()])
+        away = max(abs(int(where[found] - where[token])) for where in (grid.row, grid.column))
+        assert away <= (family in REACHING), (token, found, grid.boxes[token])
+
+
+def within(box: Tensor, size: tuple[int, int]) -> bool:
+    left, top, right, bottom = box.tolist()
+    seen = (min(right, size[0]) - max(left, 0)) * (min(bottom, size[1]) - max(top, 0))
+    return bool(seen > 0.8 * (right - left) * (bottom - top) and right - left > 4)
+
+
+def other_than(picture: Image.Image, box: list[float]) -> tuple[int, int, int]:
+    """The color that differs most from what is in a box."""
+    pixel = picture.getpixel((int((box[0] + box[2]) / 2), int((box[1] + box[3]) / 2)))
+    assert isinstance(pixel, tuple)
+    red, green, blue = (0 if value > 127 else 255 for value in pixel)
+    return red, green, blue
+
+
+def visual_tokens(model: VisionLanguageModel, picture: Image.Image) -> Tensor:
+    done = model.generate(model.encode([picture], ["?"]), 1, model.sites(["projector"]))
+    return done.states["projector"][0, : done.token_map.roles.shape[1] - 1][
+        done.token_map.roles[0, : done.states["projector"].shape[1]] == Role.IMAGE
+    ]
+
+
+# --- changing what the model computes -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_steering_adds_to_the_last_block_what_the_unembedding_reads(family: str) -> None:
+    model = load(family)
+    inputs = model.encode(pictures(), PROMPTS)
+    last = f"lm.block.{len(model.structure.blocks) - 1}"
+    width = model.unembed.weight.shape[1]
+    vector = torch.randn(width, generator=torch.Generator().manual_seed(2))
+    state = model.generate(inputs, 1, model.sites([last])).states[last]
+    plain = model.logits(inputs)
+    with model.intervene(Steering(last, vector, alpha=0.0)):
+        assert torch.equal(model.logits(inputs), plain)
+    with model.intervene(Steering(last, vector, positions="last_prompt")):
+        steered = model.logits(inputs)
+    with torch.inference_mode():
+        expected = model.unembed(model.final_norm(state[:, -1] + vector))
+    allowed = plain[:, -1] > torch.finfo(plain.dtype).min / 2
+    torch.testing.assert_close(steered[:, -1][allowed], expected[allowed], atol=1e-3, rtol=1e-3)
+    assert torch.equal(steered[:, :-1], plain[:, :-1])
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - WITHOUT_VISUAL_TOKENS))
+def test_steering_visual_tokens_reaches_the_answer(family: str) -> None:
+    model = load(family)
+    inputs = model.encode(pictures(), PROMPTS)
+    vector = 5 * torch.randn(model.unembed.weight.shape[1], generator=torch.Generator().manual_seed(2))
+    plain = model.logits(inputs)
+    with model.intervene(Steering("projector", vector)):
+        steered = model.logits(inputs)
+    assert (steered[:, -1] - plain[:, -1]).abs().max() > 1e-4
+    is_image = torch.eq(inputs["input_ids"], model.encode.image_token_id or 0)
+    for row, column in enumerate(is_image.int().argmax(dim=1).tolist()):
+        start = int(inputs["attention_mask"][row].argmax())
+        if family not in BOTH_WAYS:
+            assert torch.equal(steered[row, start:column], plain[row, start:column])
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - WITHOUT_VISUAL_TOKENS - WITHOUT_ATTENTION))
+def test_knocking_the_picture_out_of_the_last_position(family: str) -> None:
+    model = load(family)
+    inputs = model.encode(pictures(), PROMPTS)
+    blocks = list(range(len(model.structure.blocks)))
+    plain = model.logits(inputs)
+    with model.intervene(AttentionKnockout("image", "last_prompt", blocks)):
+        knocked = model.logits(inputs)
+    assert (knocked[:, -1] - plain[:, -1]).abs().max() > 1e-4
+    if family not in BOTH_WAYS:
+        assert torch.equal(knocked[:, :-1], plain[:, :-1])
+
+
+@pytest.mark.parametrize("family", sorted(WITHOUT_ATTENTION))
+def test_a_block_without_attention_has_none_to_knock_out(family: str) -> None:
+    model = load(family)
+    with (
+        pytest.raises(ValueError, match="no attention"),
+        model.intervene(AttentionKnockout("image", "last_prompt", range(len(model.structure.blocks)))),
+    ):
+        model.logits(model.encode(pictures(), PROMPTS))
