@@ -2,6 +2,7 @@
 
 from .base import PictureDataModule
 from .captioning import CAPTION_PROMPT, CaptionDataModule
+from .folder import FolderDataModule
 from .hub import HubDataModule
 from .images import BadImageError, read_image
 from .mixture import MixtureDataModule
@@ -18,6 +19,7 @@ __all__ = [
     "BadImageError",
     "Batch",
     "CaptionDataModule",
+    "FolderDataModule",
     "HubDataModule",
     "MixtureDataModule",
     "PictureDataModule",

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 from .annotations import data_folder
 from .images import BadImageError, read_image
@@ -30,13 +30,23 @@ class _Pictures(Dataset[Item]):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> Item:
-        sample = self.samples[index]
-        try:
-            return sample, read_image(sample.image)
-        except BadImageError as error:
-            if not self.skip_bad_images:
-                raise
-            return SkippedSample(sample.sample_id, str(error))
+        return read_item(self.samples[index], None, self.skip_bad_images)
+
+
+def read_item(sample: Sample, content: bytes | None, skip_bad_images: bool) -> Item:
+    """Read the picture of a sample.
+
+    Args:
+        sample: The sample.
+        content: What is in the picture's file, where that is at hand.
+        skip_bad_images: Say why a picture is unreadable, instead of raising `BadImageError`.
+    """
+    try:
+        return sample, read_image(sample.image, content)
+    except BadImageError as error:
+        if not skip_bad_images:
+            raise
+        return SkippedSample(sample.sample_id, str(error))
 
 
 class _Collate:
@@ -85,12 +95,15 @@ class PictureDataModule(L.LightningDataModule, ABC):
         val_split: Split of `validate` and of validation during `fit`.
         test_split: Split of `test`.
         predict_split: Split of `predict`.
-        limit: At most this many samples of each split, the first ones; none by default.
+        limit: At most this many samples of each split, the first ones; all by default.
         batch_size: Samples per batch and process.
         num_workers: Loader processes.
         seed: Seed of the shuffling in `fit`.
         skip_bad_images: Leave out unreadable pictures and list them in the result; by default one stops the run.
     """
+
+    streaming = False
+    """Whether samples are read while the model runs."""
 
     def __init__(
         self,
@@ -148,9 +161,14 @@ class PictureDataModule(L.LightningDataModule, ABC):
     def setup(self, stage: str) -> None:
         """Read the annotation files of a stage."""
         data_folder(self.root)
-        for part in ("fit", "validate") if stage == "fit" else (stage,):
+        for part in self._parts(stage):
             if part not in self._samples:
                 self._samples[part] = self._read_all(part)
+
+    @staticmethod
+    def _parts(stage: str) -> tuple[str, ...]:
+        """The stages whose samples a stage of Lightning needs."""
+        return ("fit", "validate") if stage == "fit" else (stage,)
 
     def samples(self, stage: str) -> list[Sample]:
         """The samples of `fit`, `validate`, `test` or `predict`, after `setup`."""
@@ -176,33 +194,37 @@ class PictureDataModule(L.LightningDataModule, ABC):
             raise ValueError(f"{self.root}: split {self.splits[stage]!r} has no samples for `{stage}`{with_words}")
         return samples[: self.limit]
 
-    def train_dataloader(self) -> DataLoader[Item]:
+    def train_dataloader(self) -> Iterable[Batch]:
         """Shuffled batches with targets; after an interruption, those of the epoch that are still to come."""
         trainer = self._trainer()
         dataset = _Pictures(self.samples("fit"), self.skip_bad_images)
-        progress = trainer.fit_loop.epoch_loop.batch_progress
-        # A checkpoint is written when its batch counts as processed, but not yet as completed.
-        done = 0 if progress.is_last_batch else cast(Any, progress.current).processed
-        sampler = _EpochSampler(
-            dataset, trainer.global_rank, trainer.world_size, self.seed, skip=done * self.batch_size
-        )
+        epoch, done = self._reached()
+        sampler = _EpochSampler(dataset, trainer.global_rank, trainer.world_size, self.seed, skip=done)
         # Loader processes begin to read before Lightning tells the sampler its epoch.
-        sampler.set_epoch(trainer.fit_loop.epoch_progress.current.ready - (1 if done else 0))
+        sampler.set_epoch(epoch)
         return self._loader(dataset, sampler)
 
-    def val_dataloader(self) -> DataLoader[Item]:
+    def _reached(self) -> tuple[int, int]:
+        """The epoch of a training, and how many samples of it this process has seen before an interruption."""
+        loop = self._trainer().fit_loop
+        progress = loop.epoch_loop.batch_progress
+        # A checkpoint is written when its batch counts as processed, but not yet as completed.
+        done = 0 if progress.is_last_batch else cast(Any, progress.current).processed
+        return loop.epoch_progress.current.ready - (1 if done else 0), done * self.batch_size
+
+    def val_dataloader(self) -> Iterable[Batch]:
         """Batches of the validation split, in order."""
         return self._in_order("validate")
 
-    def test_dataloader(self) -> DataLoader[Item]:
+    def test_dataloader(self) -> Iterable[Batch]:
         """Batches of the test split, in order."""
         return self._in_order("test")
 
-    def predict_dataloader(self) -> DataLoader[Item]:
+    def predict_dataloader(self) -> Iterable[Batch]:
         """Batches of the predict split, in order, without those in `exclude_ids`."""
         return self._in_order("predict")
 
-    def batches(self, samples: Sequence[Sample], encode: Encoder) -> DataLoader[Item]:
+    def batches(self, samples: Sequence[Sample], encode: Encoder) -> Iterable[Batch]:
         """Batches of some samples, in order, without a Trainer."""
         return DataLoader(
             _Pictures(list(samples), self.skip_bad_images),
@@ -212,11 +234,11 @@ class PictureDataModule(L.LightningDataModule, ABC):
             generator=torch.Generator(),
         )
 
-    def _in_order(self, stage: str) -> DataLoader[Item]:
+    def _in_order(self, stage: str) -> Iterable[Batch]:
         samples = [sample for sample in self.samples(stage) if sample.sample_id not in self.exclude_ids]
         return self._loader(_Pictures(samples, self.skip_bad_images))
 
-    def _loader(self, dataset: _Pictures, sampler: _EpochSampler | None = None) -> DataLoader[Item]:
+    def _loader(self, dataset: Dataset[Item], sampler: Sampler[Any] | None = None) -> DataLoader[Item]:
         encode = cast(Encoder, self._trainer().lightning_module.encode)
         # `batch_size` by keyword: Lightning makes the loader anew under DDP from its keyword arguments.
         return DataLoader(

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from .base import PictureDataModule
+from .columns import ColumnsDataModule
 from .files import write_whole
 from .images import image_path
-from .sample import Sample
+from .row import Row
+from .sample import Batch, Encoder, Sample
+from .stream import StreamedPictures, StreamLoader, StreamSampler
 
 _WAY_OUT = "see --data.init_args.path, .name and .revision"
-_VQA_ANSWERS = 10
 # First bytes → ending, for those who look at the folder; pictures are read by their content.
 _ENDINGS = {
     b"\xff\xd8": ".jpg",
@@ -29,43 +31,37 @@ _ENDINGS = {
 }
 
 
-class HubDataModule(PictureDataModule):
+class HubDataModule(ColumnsDataModule):
     """Pictures with captions, questions or labels, from a data set that the `datasets` library reads.
 
     Each row is a sample, in `fit` too. Pictures that are files stay where they are; embedded ones are written to
-    `pictures` as they are, once, under names made from their content. A data set's own code is never run.
+    `pictures` as they are, once, under names made from their content. A data set's own code is never run, and nothing
+    is unpickled: `datasets` refuses both.
 
-    A local folder (parquet, JSON, `imagefolder`, …), and a data set of the hub with a `limit`, is read row by row, no
-    further than needed; without a `limit`, one of the hub is downloaded whole and kept by `datasets`. For many runs
-    over a part of a large one, download it first (`hf download --repo-type dataset`), and give the folder.
+    A local folder (parquet, Arrow, JSON, WebDataset, `imagefolder`, …), and a data set of the hub with a `limit`, is
+    read row by row before the run, no further than needed; without a `limit`, one of the hub is downloaded whole and
+    kept by `datasets`. For many runs over a part of a large one, download it first (`hf download --repo-type dataset`),
+    and give the folder.
+
+    With `streaming`, rows are read while the model runs: nothing is downloaded beforehand, and only the ids of what was
+    read stay in memory. Samples, ids, batches and what each process gets are the same as without. What differs: each
+    process reads the whole stream, and keeps its share; `fit` shuffles in a buffer of 1000 rows, too few to mix rows
+    sorted by class, and needs `--trainer.max_steps`; embedded pictures are written by `predict` only; `FeatureWriter`,
+    `VQAScorer` and `SweepScorer` list the texts beforehand (of parquet, only those are read for it). `Steerer`,
+    `ShiftMonitor` and `MixtureDataModule` need the samples beforehand, and refuse it.
 
     Args:
         path: Id on the hub, or a folder.
         image: Column of the pictures: embedded ones, or names of files in the data set.
         name: Configuration of the data set, where it has several.
         revision: Commit, branch or tag on the hub.
-        prompt: What is asked about every picture, or what follows each question.
-        question: Column of what is asked.
-        target: Column of what the model should answer; by default the first of `references`, or the most frequent of
-            `answers`.
-        references: Column of reference captions, one or a list.
-        answers: Column of answers to a question: a list of strings, or of objects with `answer`. VQA accuracy needs
-            ten of them: a single one is repeated ten times.
-        answer_type: Column of VQAv2's `yes/no`, `number` or `other`.
-        question_type: Column of the kinds of questions.
-        label: Column of classes.
-        sample_id: Column of the ids; by default a sample's is `<split>/<number of its row>`.
-        labels: Keep only samples with these labels.
+        streaming: Read rows while the model runs.
         pictures: Folder to write embedded pictures to.
         train_split: Split that `fit` learns from; several are joined with `+`.
         val_split: Split of `validate`.
         test_split: Split of `test`.
         predict_split: Split of `predict`.
-        limit: At most this many samples of each split, the first ones.
-        batch_size: Samples per batch and process.
-        num_workers: Loader processes.
-        seed: Seed of the shuffling in `fit`.
-        skip_bad_images: Leave out unreadable pictures and list them in the result.
+        **options: See `ColumnsDataModule`.
     """
 
     def __init__(
@@ -74,125 +70,130 @@ class HubDataModule(PictureDataModule):
         image: str = "image",
         name: str | None = None,
         revision: str | None = None,
-        prompt: str = "",
-        question: str | None = None,
-        target: str | None = None,
-        references: str | None = None,
-        answers: str | None = None,
-        answer_type: str | None = None,
-        question_type: str | None = None,
-        label: str | None = None,
-        sample_id: str | None = None,
-        labels: list[str] | None = None,
+        streaming: bool = False,
         pictures: str = "~/.cache/conceptshift/pictures",
         train_split: str = "train",
         val_split: str = "validation",
         test_split: str = "test",
         predict_split: str = "validation",
-        limit: int | None = None,
-        batch_size: int = 16,
-        num_workers: int = 0,
-        seed: int = 0,
-        skip_bad_images: bool = False,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            pictures, prompt, train_split, val_split, test_split, predict_split,
-            limit, batch_size, num_workers, seed, skip_bad_images,
-        )  # fmt: skip
-        if not prompt and question is None:
-            raise ValueError("--data.init_args.prompt or .question must say what is asked about a picture")
-        if labels is not None and label is None:
-            raise ValueError("--data.init_args.labels needs .label, the column that they are in")
+        super().__init__(path, pictures, train_split, val_split, test_split, predict_split, image, **options)
         self.path = path
         self.folder = Path(path).expanduser() if Path(path).expanduser().is_dir() else None
         self.name = name
         self.revision = revision
-        options = {
-            "image": image,
-            "question": question,
-            "target": target,
-            "references": references,
-            "answers": answers,
-            "answer_type": answer_type,
-            "question_type": question_type,
-            "label": label,
-            "sample_id": sample_id,
-        }
-        self.columns = {option: column for option, column in options.items() if column is not None}
-        self.labels = labels
+        self.streaming = streaming
         self._hash = ""
 
     def setup(self, stage: str) -> None:
-        """Read the rows of a stage, and write their pictures where that has not been done."""
+        """Read the rows of a stage, and write their pictures where that has not been done; of a stream, one row."""
         self.root.mkdir(parents=True, exist_ok=True)
-        super().setup(stage)
+        if not self.streaming:
+            super().setup(stage)
+            return
+        if stage == "fit" and self.trainer is not None and self.trainer.max_steps == -1:
+            raise ValueError(
+                "--data.init_args.streaming: how many samples there are is not known before they are read, and the "
+                "learning rate depends on it; set --trainer.max_steps"
+            )
+        for part in self._parts(stage):
+            # A wrong option is told before the model is loaded.
+            self._sample(next(self._rows(part)))
+
+    def samples(self, stage: str) -> list[Sample]:
+        """The samples of a stage, after `setup`; those of a stream are read now, without embedded pictures."""
+        if not self.streaming:
+            return super().samples(stage)
+        return [self._sample(row)[0] for row in self._rows(stage, listing=True)]
 
     def describe(self, stage: str) -> dict[str, Any]:
         """What the samples of a stage depend on; `hash`, known after `setup`, is of the commit or the local files."""
+        described = super().describe(stage)
+        # Where embedded pictures are written does not matter.
+        del described["root"]
         return {
-            "class": type(self).__name__,
+            **described,
             "path": self.path,
             "name": self.name,
             "revision": self.revision,
             "hash": self._hash,
-            "columns": self.columns,
-            "labels": self.labels,
-            "prompt": self.prompt,
-            "split": self.splits[stage],
-            "limit": self.limit,
         }
 
     def read(self, split: str, training: bool) -> list[Sample]:
         """Read one split; see the class for what a sample is."""
-        seen: dict[str, None] = {}
-        samples = list(islice(self._samples_of(split, seen), self.limit))
-        if not samples:
-            wanted = f" with one of --data.init_args.labels, only with {', '.join(seen)}" if seen else ""
-            raise ValueError(f"{self.path}: split {split!r} has no row{wanted}")
-        return samples
+        return [self._kept(row)[0] for row in islice(self._rows_of(split), self.limit)]
 
-    def _read_all(self, stage: str) -> list[Sample]:
-        samples = super()._read_all(stage)
-        ids: set[str] = set()
-        for sample in samples:
-            if sample.sample_id in ids:
-                raise ValueError(
-                    f"{self.path}: two samples have the id {sample.sample_id!r}; leave out --data.init_args.sample_id, "
-                    "or give a column of unique values"
-                )
-            ids.add(sample.sample_id)
-        return samples
+    def batches(self, samples: Sequence[Sample], encode: Encoder) -> Iterable[Batch]:
+        """Batches of some samples, in order, without a Trainer; not of a stream, whose pictures are not at hand."""
+        if self.streaming:
+            raise ValueError(
+                "--data.init_args.streaming: Steerer and ShiftMonitor try samples beforehand, and a stream has none "
+                "at hand; leave `streaming` out, and set --data.init_args.limit to read no more than needed"
+            )
+        return super().batches(samples, encode)
 
-    def _samples_of(self, split: str, seen: dict[str, None]) -> Iterator[Sample]:
-        """The samples of a split.
+    def train_dataloader(self) -> Iterable[Batch]:
+        """Shuffled batches with targets; after an interruption, those of the epoch that are still to come."""
+        if not self.streaming:
+            return super().train_dataloader()
+        epoch, done = self._reached()
+        return self._stream("fit", self.seed, epoch, done)
+
+    def _in_order(self, stage: str) -> Iterable[Batch]:
+        return self._stream(stage) if self.streaming else super()._in_order(stage)
+
+    def _stream(self, stage: str, seed: int | None = None, epoch: int = 0, skip: int = 0) -> StreamLoader:
+        trainer = self._trainer()
+        # Pictures are looked at again where states were extracted from them.
+        read = self._kept if stage == "predict" else self._sample
+        sampler = StreamSampler(
+            partial(self._rows, stage), trainer.global_rank, trainer.world_size,
+            padded=stage != "predict", seed=seed, epoch=epoch, skip=skip,
+        )  # fmt: skip
+        return StreamLoader(self._loader(StreamedPictures(read, self.skip_bad_images), sampler))
+
+    def _rows(self, stage: str, listing: bool = False) -> Iterator[Row]:
+        """The rows of a stage, one by one, up to the limit.
 
         Args:
-            split: Its name.
-            seen: Takes up the labels that come by.
+            stage: `fit`, `validate`, `test` or `predict`.
+            listing: Without pictures, and with those in `exclude_ids`.
         """
-        rows, names = self._open(split)
-        for number, values in enumerate(self._one_by_one(rows)):
-            row = _Row(self.path, self.columns, number, values)
-            label = row.label(names)
-            seen[label] = None
-            if self.labels is None or label in self.labels:
-                yield self._sample(row, label, f"{split}/{number}")
+        splits = self.splits[stage].split("+")
+        ids: set[str] = set()
+        for row in islice(chain.from_iterable(self._rows_of(split, listing) for split in splits), self.limit):
+            self._check_new(row.sample_id, ids)
+            if listing or row.sample_id not in self.exclude_ids:
+                yield row
 
-    def _sample(self, row: _Row, label: str, row_id: str) -> Sample:
-        references, answers = row.references(), row.answers()
-        return Sample(
-            sample_id=row.name("sample_id") or row_id,
-            image=self._picture(row),
-            prompt=row.text("question") + self.prompt,
-            target=row.text("target") or next(iter(references), "") or max(answers, key=answers.count, default=""),
-            references=references,
-            answers=answers * _VQA_ANSWERS if len(answers) == 1 else answers,
-            answer_type=row.text("answer_type"),
-            question_type=row.text("question_type"),
-            label=label,
+    def _rows_of(self, split: str, listing: bool = False) -> Iterator[Row]:
+        columns = {option: column for option, column in self.columns.items() if option != "image" or not listing}
+        rows, classes = self._open(split, columns)
+        return self._with_labels(
+            split,
+            (
+                Row.of(f"{split}/{number}", f"{self.path}: row {number}", columns, values, classes)
+                for number, values in enumerate(self._one_by_one(rows))
+            ),
         )
 
-    def _open(self, split: str) -> tuple[Iterable[dict[str, Any]], list[str] | None]:
+    def _sample(self, row: Row) -> tuple[Sample, bytes | None]:
+        """The sample of a row, and its picture if that is embedded."""
+        path, content = self._picture(row)
+        return row.sample(path, self.prompt), content
+
+    def _kept(self, row: Row) -> tuple[Sample, bytes | None]:
+        """As `_sample`; an embedded picture is written where it is not there yet."""
+        sample, content = self._sample(row)
+        if content is not None and not sample.image.is_file():
+            # Several processes may write the same picture.
+            own = self.root / f".{uuid4().hex}"
+            write_whole(own, lambda working: working.write_bytes(content))
+            os.replace(own, sample.image)
+        return sample, content
+
+    def _open(self, split: str, columns: Mapping[str, str]) -> tuple[Iterable[dict[str, Any]], list[str] | None]:
         """Rows of a split, without any that is read yet, and the names of the label's classes if they are numbered."""
         # Takes a second to import, which no other data module needs.
         import datasets
@@ -204,14 +205,19 @@ class HubDataModule(PictureDataModule):
         rows = splits[split]
         # JSON has no declared columns.
         features: Mapping[str, Any] = rows.features or dict.fromkeys(next(iter(self._one_by_one(rows)), {}))
-        for option, column in self.columns.items():
+        for option, column in columns.items():
             if column not in features:
                 raise ValueError(
                     f"{self.path}: no column {column!r} for --data.init_args.{option}; it has {', '.join(features)}"
                 )
-        rows = rows.select_columns(sorted(set(self.columns.values())))
-        if isinstance(features[self.columns["image"]], datasets.Image):
-            rows = rows.cast_column(self.columns["image"], datasets.Image(decode=False))
+        wanted = sorted(set(columns.values()))
+        if isinstance(rows, datasets.IterableDataset) and hasattr(builder.config, "columns"):
+            # Selected below, the others would be dropped only after they have been fetched.
+            builder.config.columns = wanted
+        rows = rows.select_columns(wanted)
+        image = columns.get("image")
+        if image is not None and isinstance(features[image], datasets.Image):
+            rows = rows.cast_column(image, datasets.Image(decode=False))
         return rows, getattr(features.get(self.columns.get("label", "")), "names", None)
 
     def _builder_and_splits(self) -> tuple[Any, Mapping[str, Any]]:
@@ -221,7 +227,7 @@ class HubDataModule(PictureDataModule):
         path = self.path if self.folder is None else str(self.folder.absolute())
         try:
             builder = datasets.load_dataset_builder(path, self.name, revision=self.revision)
-            if self.folder is not None or self.limit is not None:
+            if self.streaming or self.folder is not None or self.limit is not None:
                 return builder, builder.as_streaming_dataset()
             builder.download_and_prepare()
             return builder, builder.as_dataset()
@@ -237,29 +243,26 @@ class HubDataModule(PictureDataModule):
         except (OSError, ValueError, TypeError, RuntimeError, datasets.exceptions.DatasetsError) as error:
             raise _in_a_line(self.path, error) from error
 
-    def _picture(self, row: _Row) -> Path:
-        """The file of a row's picture; of a row without one, a file that is not there, as of any missing picture."""
-        match row.values["image"]:
+    def _picture(self, row: Row) -> tuple[Path, bytes | None]:
+        """The file of a row's picture, and its content if that is embedded.
+
+        Of a row without a picture, it is a file that is not there, as of any missing picture.
+        """
+        match row.value("image"):
             case bytes(content) | {"bytes": bytes(content)}:
-                return self._kept(content)
+                return self._named(content), content
             case str(name) | {"path": str(name)}:
                 return self._file(name)
             case None | {"path": None}:
-                return self.root / f"no picture in row {row.number}"
+                return self.root / f"no picture of {row.sample_id.replace('/', ' ')}", None
         raise row.odd("image", "pictures")
 
-    def _kept(self, content: bytes) -> Path:
-        """Write a picture where it is not there yet."""
+    def _named(self, content: bytes) -> Path:
+        """Where an embedded picture is written, if it is."""
         ending = next((ending for start, ending in _ENDINGS.items() if content.startswith(start)), "")
-        path = self.root / f"{hashlib.sha256(content).hexdigest()[:40]}{ending}"
-        if not path.is_file():
-            # Several processes may write the same picture.
-            own = self.root / f".{uuid4().hex}"
-            write_whole(own, lambda working: working.write_bytes(content))
-            os.replace(own, path)
-        return path
+        return self.root / f"{hashlib.sha256(content).hexdigest()[:40]}{ending}"
 
-    def _file(self, name: str) -> Path:
+    def _file(self, name: str) -> tuple[Path, bytes | None]:
         """A picture that the data set names: a file, or something within an archive or on the hub."""
         import datasets
         import pyarrow as pa
@@ -270,81 +273,20 @@ class HubDataModule(PictureDataModule):
                     f"{self.path}: {name} is no picture of this data set; download them, and give a folder"
                 )
             as_named = pa.array([{"bytes": None, "path": name}], datasets.Image.pa_type)
-            return self._kept(datasets.Image().embed_storage(as_named)[0].as_py()["bytes"])
+            content = datasets.Image().embed_storage(as_named)[0].as_py()["bytes"]
+            return self._named(content), content
         if self.folder is not None:
-            return image_path(self.folder, name)
+            return image_path(self.folder, name), None
         cache = Path(datasets.config.HF_CACHE_HOME).resolve()
         if not Path(name).resolve().is_relative_to(cache):
             raise ValueError(f"{self.path}: has no picture {name!r}, only its name; download them, and give a folder")
-        return Path(name)
+        return Path(name), None
 
     def _has(self, source: str) -> bool:
         """Whether a file on the hub or an archive is of this data set."""
         if self.folder is None:
             return source.startswith(f"hf://datasets/{self.path}@")
         return Path(source).resolve().is_relative_to(self.folder.resolve())
-
-
-class _Row:
-    """The values of one row, by option, checked for their types."""
-
-    def __init__(self, path: str, columns: Mapping[str, str], number: int, values: Mapping[str, Any]) -> None:
-        self.path = path
-        self.columns = columns
-        self.number = number
-        self.values = {option: values[column] for option, column in columns.items()}
-
-    def odd(self, option: str, expected: str) -> ValueError:
-        """The error for a value of another type."""
-        return ValueError(
-            f"{self.path}: column {self.columns[option]!r}, row {self.number}: expected {expected} for "
-            f"--data.init_args.{option}, got {type(self.values[option]).__name__}"
-        )
-
-    def text(self, option: str) -> str:
-        """A text; empty where there is none."""
-        match self.values.get(option):
-            case None:
-                return ""
-            case str(text):
-                return text
-        raise self.odd(option, "a text")
-
-    def name(self, option: str) -> str:
-        """A text or a number."""
-        match self.values.get(option):
-            case None:
-                return ""
-            case str() | int() as value:
-                return str(value)
-        raise self.odd(option, "texts or numbers")
-
-    def label(self, names: list[str] | None) -> str:
-        """The label; of numbered classes its name."""
-        number = self.values.get("label")
-        if names is not None and isinstance(number, int):
-            return names[number] if number >= 0 else ""
-        return self.name("label")
-
-    def references(self) -> tuple[str, ...]:
-        """Reference captions, each on one line."""
-        return tuple(" ".join(text.split()) for text in self._list("references"))
-
-    def answers(self) -> tuple[str, ...]:
-        """Answers."""
-        return self._list("answers")
-
-    def _list(self, option: str) -> tuple[str, ...]:
-        match self.values.get(option):
-            case None:
-                return ()
-            case str(text):
-                return (text,)
-            case list(given):
-                found = [each["answer"] if isinstance(each, dict) and "answer" in each else each for each in given]
-                if all(isinstance(text, str) for text in found):
-                    return tuple(found)
-        raise self.odd(option, "a text or a list of texts")
 
 
 def _in_a_line(path: str, error: Exception) -> ValueError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -26,25 +27,29 @@ def image_path(root: Path, *parts: str) -> Path:
     """
     path = root.joinpath(*parts)
     if not path.resolve().is_relative_to(root.resolve()):
-        raise BadImageError(f"{'/'.join(parts)}: an annotation names a file outside {root}; {_WAY_OUT}")
+        raise BadImageError(f"{'/'.join(parts)}: an annotation names a file outside {root}; mend it there")
     return path
 
 
-def read_image(path: Path) -> Image.Image:
+def read_image(path: Path, content: bytes | None = None) -> Image.Image:
     """Read one picture as RGB, turned upright by its EXIF orientation.
 
     Grayscale, palette and CMYK pictures are converted.
 
+    Args:
+        path: The file.
+        content: What is in it, where that is at hand; the file need not be there then.
+
     Raises:
         BadImageError: The picture is missing, truncated, no picture, or larger than `MAX_PIXELS`.
     """
-    if not path.is_file():
+    if content is None and not path.is_file():
         raise BadImageError(f"{path}: no such picture; {_WAY_OUT}")
     try:
         with warnings.catch_warnings():
             # Pillow warns from 89 million pixels on; the limit that counts is ours.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as picture:
+            with Image.open(path if content is None else BytesIO(content)) as picture:
                 width, height = picture.size
                 if width * height > MAX_PIXELS:
                     raise BadImageError(f"{path}: {width} x {height} pixels, more than {MAX_PIXELS:,}; {_WAY_OUT}")

@@ -32,6 +32,8 @@ class MixtureDataModule(PictureDataModule):
     ) -> None:
         if not parts:
             raise ValueError("--data.init_args.parts: expected at least one data module, got none")
+        if any(part.streaming for part in parts):
+            raise ValueError("--data.init_args.parts: a mixture needs its samples beforehand; leave `streaming` out")
         super().__init__(str(parts[0].root), "", "", "", "", "", None, batch_size, num_workers, seed, skip_bad_images)
         self.parts = parts
 

@@ -50,11 +50,7 @@ class VisualGenomeDataModule(PictureDataModule):
             words, or a `.txt` file with one word a line. Validation and prediction keep all pictures and phrases.
         reference_words: Keep only pictures with one of these words in a phrase, e.g. a token of interest. In
             validation and prediction the first phrase that has one is the target.
-        limit: At most this many samples of each split, the first ones in the file.
-        batch_size: Samples per batch and process.
-        num_workers: Loader processes.
-        seed: Seed of the shuffling in `fit`.
-        skip_bad_images: Leave out unreadable pictures and list them in the result.
+        **loading: `limit` and how batches are loaded, see `PictureDataModule`.
     """
 
     def __init__(
@@ -67,16 +63,9 @@ class VisualGenomeDataModule(PictureDataModule):
         predict_split: str = "val",
         caption_words: str | list[str] | None = None,
         reference_words: str | list[str] | None = None,
-        limit: int | None = None,
-        batch_size: int = 16,
-        num_workers: int = 0,
-        seed: int = 0,
-        skip_bad_images: bool = False,
+        **loading: Any,
     ) -> None:
-        super().__init__(
-            root, prompt, train_split, val_split, test_split, predict_split,
-            limit, batch_size, num_workers, seed, skip_bad_images,
-        )  # fmt: skip
+        super().__init__(root, prompt, train_split, val_split, test_split, predict_split, **loading)
         self.caption_words = None if caption_words is None else word_class(caption_words)
         self.reference_words = None if reference_words is None else word_class(reference_words)
 

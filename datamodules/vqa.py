@@ -27,11 +27,7 @@ class VQADataModule(PictureDataModule):
         test_split: Split of `test`; VQAv2's own test answers are not public.
         predict_split: Split of `predict`.
         answer_types: Keep only questions of these types (`yes/no`, `number`, `other`); all by default.
-        limit: At most this many samples of each split.
-        batch_size: Samples per batch and process.
-        num_workers: Loader processes.
-        seed: Seed of the shuffling in `fit`.
-        skip_bad_images: Leave out unreadable pictures and list them in the result.
+        **loading: `limit` and how batches are loaded, see `PictureDataModule`.
     """
 
     def __init__(
@@ -43,16 +39,9 @@ class VQADataModule(PictureDataModule):
         test_split: str = "val2014",
         predict_split: str = "val2014",
         answer_types: list[str] | None = None,
-        limit: int | None = None,
-        batch_size: int = 16,
-        num_workers: int = 0,
-        seed: int = 0,
-        skip_bad_images: bool = False,
+        **loading: Any,
     ) -> None:
-        super().__init__(
-            root, prompt, train_split, val_split, test_split, predict_split,
-            limit, batch_size, num_workers, seed, skip_bad_images,
-        )  # fmt: skip
+        super().__init__(root, prompt, train_split, val_split, test_split, predict_split, **loading)
         self.answer_types = answer_types
 
     def describe(self, stage: str) -> dict[str, Any]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import os
+import pickle
 import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -269,10 +271,10 @@ def test_a_part_of_a_mixture(colors: Path, shapes: Path, tmp_path: Path) -> None
         ({"predict_split": "nowhere"}, r"colors: no split 'nowhere'; it has validation$"),
         ({"image": "img"}, r"no column 'img' for --data.init_args.image; it has image, question, label, id$"),
         ({"references": "captions"}, r"no column 'captions' for --data.init_args.references; it has image"),
-        ({"image": "label"}, r"column 'label', row 0: expected pictures for --data.init_args.image, got int"),
-        ({"target": "label"}, r"column 'label', row 0: expected a text for --data.init_args.target, got int"),
-        ({"answers": "label"}, r"column 'label', row 0: expected a text or a list of texts .*answers, got int"),
-        ({"label": "image"}, r"column 'image', row 0: expected texts or numbers for --data.init_args.label, got dict"),
+        ({"image": "label"}, r"row 0: expected pictures in 'label' for --data.init_args.image, got int"),
+        ({"target": "label"}, r"row 0: expected a text in 'label' for --data.init_args.target, got int"),
+        ({"answers": "label"}, r"row 0: expected a text or a list of texts .*answers, got int"),
+        ({"label": "image"}, r"row 0: expected texts or numbers in 'image' for --data.init_args.label, got dict"),
         (
             {"name": "nothing"},
             r"colors: cannot be read .*'nothing' not found. Available: \['default'\]\); see --data.init_",
@@ -320,10 +322,44 @@ def test_code_in_a_folder_is_not_run(tmp_path: Path, samples: Callable[..., list
     assert not (tmp_path / "ran").exists()
 
 
+class Harmful:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_nothing_is_unpickled(tmp_path: Path, samples: Callable[..., list[Sample]], streaming: bool) -> None:
+    """Neither a file of the data set nor a field in an archive."""
+    pickled = pickle.dumps(Harmful(tmp_path / "ran"))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "validation.pkl").write_bytes(pickled)
+    with pytest.raises(ValueError, match=r"cannot be read as a data set"):
+        samples(tmp_path / "data", streaming=streaming)
+    (tmp_path / "web").mkdir()
+    with tarfile.open(tmp_path / "web" / "validation.tar", "w") as archive:
+        for ending, content in {"png": encoded("red"), "pkl": pickled, "pickle": pickled, "pyd": pickled}.items():
+            info = tarfile.TarInfo(f"1.{ending}")
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    assert len(samples(tmp_path / "web", image="png", streaming=streaming)) == 1
+    assert not (tmp_path / "ran").exists()
+    with pytest.raises(ValueError, match=r"expected a text in 'pkl'"):
+        samples(tmp_path / "web", image="png", target="pkl", streaming=streaming)
+    assert not (tmp_path / "ran").exists()
+    pickle.loads(pickled)
+    assert (tmp_path / "ran").exists()
+
+
 class Prepared:
     """Stands for a data set of the hub, of which one downloads all and another streams."""
 
     hash = "0123abc"
+    config = None
 
     def __init__(self, data: Any) -> None:
         self.data = data
