@@ -80,11 +80,16 @@ class Generation:
             samples=samples,
             positions=[group[-1] - first[sample] for sample, group in zip(samples, columns, strict=True)],
             tokens=[
-                "" if selector.is_mean else vocabulary[int(ids[sample, group[0] + 1])]
+                "" if selector.is_mean else _text_of(int(ids[sample, group[0] + 1]), vocabulary)
                 for sample, group in zip(samples, columns, strict=True)
             ],
             states={site: _gather(state, samples, columns) for site, state in self.states.items()},
         )
+
+
+def _text_of(token: int, vocabulary: list[str]) -> str:
+    """A token as text; nothing for one that can stand in a prompt only."""
+    return vocabulary[token] if token < len(vocabulary) else ""
 
 
 def _gather(state: Tensor, samples: list[int], columns: list[list[int]]) -> Tensor:
