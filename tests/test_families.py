@@ -14,7 +14,7 @@ from conceptshift.lightning_modules.backbone.interventions import Steering
 from conceptshift.lightning_modules.backbone.knockout import AttentionKnockout
 from conceptshift.lightning_modules.backbone.prompts import append_answers
 from conceptshift.tests.families.crops import CROPS
-from conceptshift.tests.families.dynamic import DYNAMIC
+from conceptshift.tests.families.dynamic import DYNAMIC, ODD
 from PIL import Image, ImageDraw
 from torch import Tensor
 
@@ -39,7 +39,7 @@ PROMPTS = ["What is it?", "Describe this picture in one short sentence."]
 
 @cache
 def load(family: str) -> VisionLanguageModel:
-    return VisionLanguageModel(*FAMILIES[family](), family)
+    return VisionLanguageModel(*{**FAMILIES, **ODD}[family](), family)
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -238,3 +238,45 @@ def test_a_block_without_attention_has_none_to_knock_out(family: str) -> None:
         model.intervene(AttentionKnockout("image", "last_prompt", range(len(model.structure.blocks)))),
     ):
         model.logits(model.encode(pictures(), PROMPTS))
+
+
+# --- models that do not read their picture as tokens of the prompt ---------------------------------------
+
+ENCODER_DECODER = ("florence2", "t5gemma2")
+
+
+@pytest.mark.parametrize("family", ODD)
+def test_the_odd_ones_know_what_they_say(family: str) -> None:
+    model = load(family)
+    model.self_check()
+    with pytest.raises(ValueError, match="no patches can be placed: "):
+        model.patch_grid(90, 60)
+    with pytest.raises(ValueError, match="site 'projector' not found"):
+        model.sites(["projector"])
+
+
+@pytest.mark.parametrize("family", ENCODER_DECODER)
+def test_a_decoder_of_its_own_is_read_and_steered(family: str) -> None:
+    model = load(family)
+    last = f"lm.block.{len(model.structure.blocks) - 1}"
+    inputs = model.encode(pictures(), PROMPTS)
+    done = model.generate(inputs, 4, model.sites([last]))
+    assert done.token_map.answer_start.tolist() == [1, 1]
+    for row, answer in enumerate(done.token_map.answers):
+        with torch.inference_mode():
+            said = model.unembed(model.final_norm(done.states[last][row, : len(answer)])).argmax(dim=-1)
+        # Florence is made to begin and to end as it does.
+        free = slice(1, -1) if model.model.generation_config.forced_eos_token_id is not None else slice(None)
+        assert said.tolist()[free] == answer[free]
+    token = next(token for token in range(50, 60) if token not in done.token_map.answers[0])
+    with model.intervene(Steering(last, 100 * model.unembed.weight[token].detach())):
+        assert token in model.generate(inputs, 4).token_map.answers[0]
+
+
+@pytest.mark.parametrize("family", ENCODER_DECODER)
+def test_what_a_decoder_of_its_own_cannot_is_refused_by_name(family: str) -> None:
+    model = load(family)
+    inputs = model.encode(pictures(), PROMPTS, ["red", "a star"])
+    for run in (model.read, model.logits, model.prefill, model):
+        with pytest.raises(ValueError, match=f"^{family}: no .*: an encoder reads picture and prompt"):
+            run(inputs)
