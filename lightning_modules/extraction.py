@@ -108,6 +108,10 @@ class FeatureExtraction(BackboneModule):
         """Load the model and resolve the sites."""
         super().configure_model()
         self.sites = self.backbone.sites(self.site_patterns)
+        if (reason := self.backbone.structure.without_visual_tokens) and any(
+            one.name == "image" for one in self.selectors
+        ):
+            raise ValueError(f"--model.init_args.selectors: `image` selects nothing of {self.model_id!r}: {reason}")
         odd = [site.name for site in self.sites if site.positions != "sequence"]
         if odd and any(selector.name != "image" for selector in self.selectors):
             raise ValueError(f"site {odd[0]!r} has states of visual tokens only; use it with the one selector `image`")

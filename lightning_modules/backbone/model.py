@@ -53,6 +53,8 @@ class VisionLanguageModel(nn.Module):
         self.processor = processor
         self.source = source
         self.structure = Structure(model)
+        if model.generation_config.pad_token_id is None:
+            model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
         self.encode = PromptEncoder(processor, self.structure.image_token_id(processor))
         self._find_patches = PatchFinder(self.structure, self._picture_alone, self.encode.image_token_id)
         # PEFT injects its layers into `model` in place; the handle only switches and saves them. It is kept out
@@ -475,7 +477,6 @@ class VisionLanguageModel(nn.Module):
                 do_sample=False,
                 # Whoever is done goes on until all are: its pieces are still needed.
                 synced_gpus=self._hashes is not None,
-                pad_token_id=self.tokenizer.pad_token_id,
             )
         answers = [_until_end(row, self._end_ids()) for row in sequences[:, width:].tolist()]
         mask = torch.zeros_like(sequences)
