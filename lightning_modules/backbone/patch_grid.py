@@ -70,7 +70,8 @@ class PatchFinder:
         self.structure = structure
         self.encode = encode
         self.image_token_id = -1 if image_token_id is None else image_token_id
-        self._found: dict[tuple[object, ...], Tensor] = {}
+        # Only the last: models that bring all pictures to one size need no more, and it is large.
+        self._last: tuple[object, Tensor] | None = None
 
     def __call__(self, width: int, height: int) -> PatchGrid:
         """Find the grid of pictures of one size.
@@ -93,9 +94,9 @@ class PatchFinder:
             x, y = (((given[name].double() - black[name].double()) / span).cpu() for given in (across, down))
             # What a token is made of does not depend on the picture's content.
             others = tuple(value.cpu().numpy().tobytes() for other, value in across.items() if other != name)
-            if (key := (x.shape, others)) not in self._found:
-                self._found[key] = self._contributions(across, name).cpu()
-        weights = self._found[key]
+            if self._last is None or self._last[0] != (x.shape, others):
+                self._last = (x.shape, others), self._contributions(across, name).cpu()
+        weights = self._last[1]
         x, y = x * (width - 1) + 0.5, y * (height - 1) + 0.5
         tiles = _tiles(weights, _crop_numbers(x.shape))
         if not bool((tiles == torch.arange(len(tiles))).all()):  # coordinates within crops mean nothing across them
