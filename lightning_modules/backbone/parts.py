@@ -26,8 +26,8 @@ def part_finder(model: Any) -> Callable[[str], Part]:
     """
     structure = Structure(model)
     names = {id(module): name for name, module in model.named_modules()}
-    language = (structure.decoder, model.get_decoder(), model.get_input_embeddings(), structure.head)
-    owners: dict[str, Part] = {names[id(module)]: "language_model" for module in language if id(module) in names}
+    language = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
+    owners: dict[str, Part] = {names[id(module)]: "language_model" for module in language if module is not None}
     if structure.image_encoder is not None:
         owners[names[id(structure.image_encoder)]] = "vision_tower"
     # One may lie in the other: the innermost owner decides.

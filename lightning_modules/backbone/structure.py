@@ -148,7 +148,7 @@ class Structure:
     def image_encoder(self) -> nn.Module | None:
         """The vision tower; none where pictures go straight into the language model."""
         encoder = self.model.get_encoder(modality="image")
-        return None if encoder is self.model or any(encoder is module for module in self._path) else encoder
+        return None if encoder is self.model or encoder is self.model.get_decoder() else encoder
 
     @cached_property
     def image_blocks(self) -> list[nn.Module]:
