@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from conceptshift.cli import architectures as command
 from conceptshift.cli.architectures import Architecture, inspect
 from conceptshift.cli.main import main
 from conceptshift.lightning_modules.backbone.structure import Structure
@@ -73,7 +72,7 @@ def test_a_model_that_cannot_be_made_is_no_error(monkeypatch: pytest.MonkeyPatch
     def fail(config: Any) -> None:
         raise RuntimeError("\n  out of parts \nand more")
 
-    monkeypatch.setattr(command.AutoModelForImageTextToText, "from_config", fail)
+    monkeypatch.setattr("transformers.AutoModelForImageTextToText.from_config", fail)
     expected = "its default configuration makes no model: out of parts"
     assert inspect("llava") == Architecture("llava", False, expected)
 
