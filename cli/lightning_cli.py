@@ -13,6 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 
 # Importing the rooms makes their classes known by their short names.
 from .. import callbacks, datamodules, lightning_modules  # noqa: F401
+from .preflight import preflight
 
 _SWEEP = """conceptshift sweep: steer a model in many ways over the same samples, and score each against the others.
 
@@ -39,6 +40,17 @@ class ConceptShiftCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Set the defaults that differ from Lightning's."""
         parser.set_defaults({"trainer.enable_model_summary": False, "trainer.logger": False})
+        parser.add_argument(
+            "--preflight",
+            action="store_true",
+            help="Tell what the run will need of memory and disk, before any weight is read, and do not run.",
+        )
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        if self._get(self.config_init, "preflight"):
+            preflight(subcommand, self.model, self.datamodule, self.trainer)
+        else:
+            super()._run_subcommand(subcommand)
 
 
 class SaveSubcommandConfig(SaveConfigCallback):

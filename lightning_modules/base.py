@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -121,28 +122,27 @@ class BackboneModule(L.LightningModule):
         """Move or convert the module; a model that `device_map` has laid out stays where it is."""
         return super()._apply(fn, recurse=recurse and self.device_map is None)  # type: ignore[no-untyped-call]
 
-    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+    def check_lengths(self, batch: Batch) -> None:
         """Refuse what the model cannot read whole. Nothing is ever cut off: that could be visual tokens.
 
         Raises:
             ValueError: A sample is too long.
         """
         limit = self.context_length
-        if batch.samples and limit is not None:
+        if limit is not None:
             kept = batch.inputs["attention_mask"].bool()
-            prompts = kept.sum(dim=1) - (batch.inputs["labels"] != IGNORED).sum(dim=1)
+            prompts = kept.sum(dim=1) - batch.inputs["labels"].ne(IGNORED).sum(dim=1)
             follow = 0 if self.trainer.training else self.max_new_tokens - 1
             lengths = torch.maximum(kept.sum(dim=1), prompts + follow)
             longest = int(lengths.argmax())
             if lengths[longest] > limit:
-                images = int((batch.inputs["input_ids"][longest] == self.encode.image_token_id).sum())
+                ids = batch.inputs["input_ids"][longest].tolist()
                 raise ValueError(
                     f"sample {batch.sample_ids[longest]!r} takes {int(lengths[longest])} positions (its prompt "
-                    f"{int(prompts[longest])}, of which image tokens {images}), but {self.model_id} reads {limit}, and "
-                    "nothing is cut off; shorten the prompt, take smaller pictures, or lower "
-                    "--model.init_args.max_new_tokens"
+                    f"{int(prompts[longest])}, of which image tokens {ids.count(self.encode.image_token_id)}), but "
+                    f"{self.model_id} reads {limit}, and nothing is cut off; shorten the prompt, take smaller pictures "
+                    "or lower --model.init_args.max_new_tokens"
                 )
-        return batch
 
     @cached_property
     def context_length(self) -> int | None:
@@ -166,6 +166,7 @@ class BackboneModule(L.LightningModule):
             nothing: What an empty batch gives.
         """
         if batch.samples:
+            self.check_lengths(batch)
             return run(batch)
         if self.device_mesh is not None:
             run(self._blank_batch())
@@ -174,8 +175,10 @@ class BackboneModule(L.LightningModule):
     def on_predict_start(self) -> None:
         """Check the model before any data is run, and learn how many batches the busiest process has."""
         if self.device_mesh is not None:
-            numbers = [0] * self.trainer.world_size
+            numbers = [0.0] * self.trainer.world_size
             dist.all_gather_object(numbers, self.trainer.num_predict_batches[0])
+            if math.isinf(max(numbers)):
+                raise ValueError("a sharded model needs data of known length; leave --data.init_args.streaming out")
             self._most_batches = int(max(numbers))
         self.backbone.self_check()
 

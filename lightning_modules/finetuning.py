@@ -169,6 +169,7 @@ class FineTuning(BackboneModule):
         if not batch.samples:
             reasons = "; ".join(item.reason for item in batch.skipped)
             raise ValueError(f"no readable picture in a whole training batch: {reasons}")
+        self.check_lengths(batch)
         loss: Tensor = self.backbone(batch.inputs).loss
         self.log("loss/train", loss, prog_bar=True, batch_size=len(batch.samples))
         return loss
