@@ -24,6 +24,7 @@ from .parts.causal_report import FEWEST_RANDOM, causal_figure, causal_report
 from .parts.causal_trials import Case, removal_trials
 from .parts.concept_states import ConceptStates
 from .parts.figures import tensorboard
+from .parts.processes import refuse_pieces
 from .parts.sources import readout_of, same_destination, store_folder
 from .parts.word_probability import WordProbability
 
@@ -90,6 +91,7 @@ class CausalChecker(Callback):
             raise TypeError(
                 f"CausalChecker runs the model, and {type(pl_module).__name__} has none; use --model FeatureExtraction"
             )
+        refuse_pieces(trainer, "CausalChecker")
         store_folder(trainer, self, self.features)
 
     @rank_zero_only

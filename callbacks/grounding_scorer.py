@@ -23,6 +23,7 @@ from .parts.concept_states import ConceptStates
 from .parts.figures import tensorboard
 from .parts.grounded_methods import WrittenDictionary, grounded, random_words
 from .parts.noise import noise_states
+from .parts.processes import refuse_pieces
 from .parts.score_table import markdown, notes, plain, score_rows, write_samples
 from .parts.sources import readout_of, store_folder
 
@@ -87,6 +88,8 @@ class GroundingScorer(Callback):
         store_folder(trainer, self, self.features)
         if self.noise_images and not isinstance(pl_module, BackboneModule):
             raise ValueError("GroundingScorer: noise_images needs the model; run with it instead of `Replay`")
+        if self.noise_images:
+            refuse_pieces(trainer, "GroundingScorer: noise_images")
         if trainer.is_global_zero:
             # Loaded again when they are needed, so that until then the model has their memory.
             self._encoders("cpu")

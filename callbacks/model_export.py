@@ -10,12 +10,12 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
 from ..datamodules.files import replacing
 from ..lightning_modules.backbone.destinations import step_name, step_of
 from ..lightning_modules.base import BackboneModule
-from .parts.processes import SHARDING
 
 # Every export has one of the first two; the others are what PEFT, models, processors and tokenizers write beside them.
 _HEADS = ("adapter_config.json", "config.json")
@@ -56,10 +56,10 @@ class ModelExport(Callback):
             raise TypeError(f"ModelExport exports a FineTuning module, got {type(pl_module).__name__}")
         if stage != "fit":
             return
-        if isinstance(trainer.strategy, SHARDING):
+        if isinstance(trainer.strategy, DeepSpeedStrategy):
             raise ValueError(
-                f"ModelExport cannot write a model that {type(trainer.strategy).__name__} has in pieces; use "
-                "--trainer.strategy ddp, or leave ModelExport out"
+                "ModelExport cannot write a model that DeepSpeed has in pieces; use --trainer.strategy ddp or --config "
+                "configs/fsdp.yaml"
             )
         for folder in [self.folder] if self.every_n_steps is None else self._series():
             if odd := _foreign(folder):
@@ -97,6 +97,8 @@ class ModelExport(Callback):
 
     def _write(self, trainer: L.Trainer, pl_module: L.LightningModule, folder: Path) -> None:
         assert isinstance(pl_module, BackboneModule)
+        # Of a sharded model every process has pieces.
+        state = pl_module.backbone.gathered_state()
         if not trainer.is_global_zero:
             return
         if odd := _foreign(folder):
@@ -105,7 +107,7 @@ class ModelExport(Callback):
             rank_zero_warn(f"ModelExport: {odd} has come into {folder}; the export is in {beside} instead")
             folder = Path(beside)
         with replacing(folder) as working:
-            pl_module.backbone.save(working)
+            pl_module.backbone.save(working, state)
 
 
 def _foreign(folder: Path) -> str | None:

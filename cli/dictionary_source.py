@@ -87,7 +87,8 @@ class DictionarySource:
             revision = revision or self.features.get("revision")
         model = model or self._recorded(self.features, "model_id", "--model")
         dtype = self.features.get("dtype", "auto")
-        backbone = VisionLanguageModel.load(model, revision=revision, dtype=dtype)
+        quantization = self.features.get("quantization")
+        backbone = VisionLanguageModel.load(model, revision=revision, dtype=dtype, quantization=quantization)
         if self.variant != ORIGINAL:
             checkpoints = self.features.get("checkpoints", {})
             destination = destination or self._recorded(checkpoints, self.variant, "--destination")

@@ -248,16 +248,12 @@ class SteeringSweep(BackboneModule):
         # Of a sharded model all processes must go the same way, whatever each sees.
         if self._prefills is False or self.device_mesh is not None:
             return None
-        prefilled = self.backbone.prefill(batch.inputs)
         if self._prefills is None:
-            whole, cached = (
-                self.backbone.generate(inputs, self.max_new_tokens).texts for inputs in (batch.inputs, prefilled)
-            )
-            self._prefills = whole == cached
+            self._prefills = self.backbone.can_prefill(batch.inputs)
             if not self._prefills:
                 rank_zero_warn("this model answers otherwise from a prompt in the cache; every run reads it anew")
                 return None
-        return prefilled
+        return self.backbone.prefill(batch.inputs)
 
 
 def _tensors(steering: Steering) -> dict[str, Tensor]:

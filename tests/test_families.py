@@ -39,7 +39,9 @@ PROMPTS = ["What is it?", "Describe this picture in one short sentence."]
 
 @cache
 def load(family: str) -> VisionLanguageModel:
-    return VisionLanguageModel(*{**FAMILIES, **ODD}[family](), family)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return VisionLanguageModel(*{**FAMILIES, **ODD}[family](), family)
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -238,6 +240,87 @@ def test_a_block_without_attention_has_none_to_knock_out(family: str) -> None:
         model.intervene(AttentionKnockout("image", "last_prompt", range(len(model.structure.blocks)))),
     ):
         model.logits(model.encode(pictures(), PROMPTS))
+
+
+# --- whatever a model's files say -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "mllama", "florence2"])
+@pytest.mark.parametrize("setting", [{"num_beams": 3}, {"use_cache": False}, {"do_sample": True, "temperature": 9.0}])
+def test_answers_are_greedy_and_cached_whatever_the_model_says(family: str, setting: dict[str, Any]) -> None:
+    model = load(family)
+    inputs, site = model.encode(pictures(), PROMPTS), model.sites(["lm.block.1"])
+    vector = torch.randn(model.unembed.weight.shape[1], generator=torch.Generator().manual_seed(2))
+    done = []
+    for settings in ({}, setting):
+        with pytest.MonkeyPatch.context() as patch, model.intervene(Steering("lm.block.0", vector, positions="answer")):
+            for name, value in settings.items():
+                patch.setattr(model.model.generation_config, name, value)
+            done.append(model.generate(inputs, 4, site))
+    assert done[0].token_map.answers == done[1].token_map.answers
+    assert torch.equal(done[0].states["lm.block.1"], done[1].states["lm.block.1"])
+
+
+# Earlier positions of the prompt see its last one, or the model has its own way to generate.
+NOT_PREFILLED = {"paligemma", "blip-2", "instructblip", "janus"}
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - NOT_PREFILLED))
+def test_prompts_in_the_cache_say_the_same(family: str) -> None:
+    model = load(family)
+    one, other = model.encode(pictures(), PROMPTS), model.encode(pictures()[::-1], PROMPTS)
+    assert model.can_prefill(one)
+    first, second = model.prefill(one), model.prefill(other)
+    for inputs, prefilled in ((one, first), (other, second)):
+        for _ in range(2):  # what is in the cache can be used again
+            assert model.generate(prefilled, 4).token_map.answers == model.generate(inputs, 4).token_map.answers
+
+
+@pytest.mark.parametrize("family", sorted(NOT_PREFILLED))
+def test_prompts_that_cannot_be_cached_are_told_apart(family: str) -> None:
+    model = load(family)
+    assert not model.can_prefill(model.encode(pictures(), PROMPTS))
+
+
+@pytest.mark.parametrize("family", sorted(set(PLACED) - {"chameleon"}))
+def test_patches_in_half_precision(family: str) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network, processor = FAMILIES[family]()
+    grids = [VisionLanguageModel(network.to(dtype), processor, family).patch_grid(200, 140) for dtype in
+             (torch.float32, torch.float16)]  # fmt: skip
+    whole, half = grids
+    for name in ("tile", "row", "column"):
+        assert torch.equal(getattr(whole, name), getattr(half, name)), name
+    torch.testing.assert_close(half.boxes, whole.boxes, atol=3, rtol=0)
+
+
+def test_convolutions_do_not_move_patches() -> None:
+    boxes = load("got_ocr2").patch_grid(200, 140).boxes
+    row, column = torch.cartesian_prod(torch.arange(4), torch.arange(4)).unbind(dim=1)
+    expected = torch.stack([50 * column, 35 * row, 50 * (column + 1), 35 * (row + 1)], dim=1)
+    torch.testing.assert_close(boxes, expected.float(), atol=1, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_sequence_begins_once_and_answers_end(family: str) -> None:
+    model = load(family)
+    inputs = model.encode(pictures(), PROMPTS, ["a star", "red"])
+    bos = model.tokenizer.bos_token_id
+    if bos is not None and bos != model.tokenizer.eos_token_id:
+        assert (inputs["input_ids"] == bos).sum(dim=1).max() <= 1
+    for row, target in enumerate(["a star", "red"]):
+        learned = inputs["labels"][row][inputs["labels"][row] >= 0]
+        assert model.tokenizer.decode(learned, skip_special_tokens=True).strip() == target
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - LOOKED_UP))
+def test_the_vision_tower_is_its_longest_list(family: str) -> None:
+    structure = load(family).structure
+    config = structure.model.config.vision_config
+    depth = next(getattr(config, name) for name in ("num_hidden_layers", "depth") if hasattr(config, name))
+    # Mllama goes on with blocks that see all tiles.
+    assert len(structure.image_blocks) == depth
 
 
 # --- models that do not read their picture as tokens of the prompt ---------------------------------------

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
 Run = Callable[..., Any]
-LORA = ("--model.lora.rank=4", "--model.lora.dropout=0", "--model.optimizer=AdamW", "--model.optimizer.lr=0.01")
+LORA = ("--model.lora.rank=4", "--model.lora.dropout=0", "--model.optimizer=torch.optim.AdamW", "--model.optimizer.lr=0.01")
 
 
 def training(
@@ -119,7 +119,7 @@ def test_dropout_changes_the_loss(tiny: Path, shapes: Path) -> None:
 
 def test_training_learns(fit: Run, tmp_path: Path, tiny: Path, shapes: Path) -> None:
     more = ("--trainer.callbacks+=ModelExport", f"--trainer.callbacks.folder={tmp_path / 'model'}")
-    optimizer = ("--model.optimizer=AdamW", "--model.optimizer.lr=0.003")
+    optimizer = ("--model.optimizer=torch.optim.AdamW", "--model.optimizer.lr=0.003")
     assert fit(*more, *optimizer, "--trainer.enable_checkpointing=false", steps=12).status == 0
     losses = []
     for folder in (tiny, tmp_path / "model"):
@@ -222,7 +222,7 @@ def test_every_trained_parameter_gets_a_gradient(tiny: Path, shapes: Path) -> No
 
 
 def test_a_part_is_trained_saved_and_resumed(fit: Run, tmp_path: Path, tiny: Path) -> None:
-    part = ("--model.parts=[projector]", "--model.freeze=['*.linear_2']", "--model.optimizer=AdamW",
+    part = ("--model.parts=[projector]", "--model.freeze=['*.linear_2']", "--model.optimizer=torch.optim.AdamW",
             "--model.optimizer.lr=0.01")  # fmt: skip
     more = ("--trainer.callbacks+=ModelCheckpoint", f"--trainer.callbacks.dirpath={tmp_path}",
             "--trainer.callbacks.save_last=true", "--trainer.callbacks+=ModelExport",

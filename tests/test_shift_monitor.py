@@ -21,8 +21,8 @@ from torch import Tensor
 from .test_distributed import DDP, conceptshift
 
 Run = Callable[..., Any]
-LORA = ("--model.lora.rank=4", "--model.optimizer=AdamW", "--model.optimizer.lr=0.01")
-FULL = ("--model.optimizer=AdamW", "--model.optimizer.lr=0.003")
+LORA = ("--model.lora.rank=4", "--model.optimizer=torch.optim.AdamW", "--model.optimizer.lr=0.01")
+FULL = ("--model.optimizer=torch.optim.AdamW", "--model.optimizer.lr=0.003")
 SITE, SELECTOR = "lm.block.2", "answer_mean"
 
 

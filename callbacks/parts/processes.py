@@ -4,11 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
+import lightning as L
 import torch.distributed as dist
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 SHARDING = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
 """Strategies under which a process has only its pieces of the parameters."""
+
+
+def refuse_pieces(trainer: L.Trainer, what: str) -> None:
+    """Refuse to run a model outside the batches of a run where every process has only pieces of it.
+
+    Raises:
+        ValueError: The strategy leaves every process with pieces.
+    """
+    if isinstance(trainer.strategy, SHARDING):
+        raise ValueError(
+            f"{what} runs the model outside of its batches, which {type(trainer.strategy).__name__} cannot do; use "
+            "--trainer.strategy ddp, or leave it out"
+        )
 
 
 def gather(rows: list[Any]) -> list[Any]:

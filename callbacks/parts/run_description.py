@@ -88,6 +88,7 @@ def _describe(trainer: L.Trainer, module: BackboneModule, data: Any) -> Row:
         "model_id": module.model_id,
         "revision": module.revision,
         "dtype": module.dtype_name,
+        "quantization": module.quantization,
         "max_new_tokens": module.max_new_tokens,
         "precision": str(trainer.precision),
         "data": data.describe("predict") if isinstance(data, PictureDataModule) else {},

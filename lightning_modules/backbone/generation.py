@@ -36,12 +36,15 @@ class Prefilled:
     """Prompts of which the model has computed all but the last position.
 
     Attributes:
-        prompts: `input_ids` and `attention_mask` [B, T], padded on the left; without pictures, which are in the cache.
+        prompts: `input_ids`, `attention_mask` and the like [B, T], padded on the left; without pictures, which are in
+            the cache.
         cache: Keys and values of the first T − 1 columns.
+        rope_deltas: Of models that keep where the positions of their prompts end.
     """
 
     prompts: dict[str, Tensor]
     cache: Any
+    rope_deltas: Tensor | None = None
 
 
 @dataclass

@@ -18,12 +18,15 @@ from .interventions import Applied, RunningPass, Steering, intervening
 from .knockout import AttentionKnockout, knocking_out
 from .loading import DeviceMap, Quantization, load_pretrained
 from .patch_grid import PatchFinder, PatchGrid
-from .prompts import IGNORED, PromptEncoder, prompts_only, with_positions
+from .prompts import IGNORED, PromptEncoder, by_position, prompts_only, with_positions
 from .selectors import Selector
 from .sites import Site, resolve_sites
 from .structure import Unembedding
 from .token_map import Role, TokenMap, answer_words, prompt_roles
 from .variants import Variants
+
+# Whatever a model's own generation configuration says: hooks count on one row a sample, and on a cache.
+_GREEDY = {"do_sample": False, "num_beams": 1, "use_cache": True}
 
 
 class VisionLanguageModel(Variants):
@@ -40,7 +43,8 @@ class VisionLanguageModel(Variants):
         if model.generation_config.pad_token_id is None:
             model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
         self.encode = PromptEncoder(processor, self.structure.image_token_id(processor))
-        self._find_patches = PatchFinder(self.structure, self._picture_alone, self.encode.image_token_id)
+        finder = PatchFinder(self.structure, self._picture_alone, self.encode.image_token_id)
+        self._find_patches = lru_cache(maxsize=256)(finder)
         self._pass: RunningPass | None = None
 
     @classmethod
@@ -144,19 +148,20 @@ class VisionLanguageModel(Variants):
         self._check_one_sequence("training and losses")
         return self.model(**self._placed(inputs))
 
-    @lru_cache(maxsize=256)  # noqa: B019 - the model lives as long as the process
     def patch_grid(self, width: int, height: int) -> PatchGrid:
         """Where the visual tokens of a picture of this size lie in it.
 
         Args:
-            width: Width of the original picture in pixels.
-            height: Its height.
+            width: Width of the original picture in pixels, at least 2.
+            height: Its height, at least 2.
 
         Raises:
-            ValueError: The model arranges visual tokens in a way that is not known.
+            ValueError: The picture is smaller, or the model arranges visual tokens in a way that is not known.
         """
         if reason := self.structure.without_visual_tokens:
             raise ValueError(f"{self.source}: no patches can be placed: {reason}")
+        if min(width, height) < 2:
+            raise ValueError(f"a picture of {width} x {height} pixels is too small to place patches in; it needs 2 x 2")
         return self._find_patches(width, height)
 
     def _picture_alone(self, picture: Image.Image) -> dict[str, Tensor]:
@@ -260,9 +265,33 @@ class VisionLanguageModel(Variants):
         self._check_one_sequence("prompts in a cache")
         prompts = self._placed(prompts_only(inputs, self.tokenizer.pad_token_id))
         shape = prompts["input_ids"].shape
-        head = {name: value[:, :-1] if value.shape == shape else value for name, value in prompts.items()}
-        cache = self.model(**with_positions(self.model, head), use_cache=True, logits_to_keep=1).past_key_values
-        return Prefilled({name: value for name, value in prompts.items() if value.shape == shape}, cache)
+        sequences = {name: value for name, value in prompts.items() if by_position(name, value, shape)}
+        head = {**prompts, **{name: value[:, :-1] for name, value in sequences.items()}}
+        done = self.model.generate(**head, **_GREEDY, max_new_tokens=1, return_dict_in_generate=True)
+        return Prefilled(sequences, done.past_key_values, self._rope_deltas)
+
+    @torch.inference_mode()
+    def can_prefill(self, inputs: dict[str, Tensor]) -> bool:
+        """Whether the model says the same from prompts that are in the cache.
+
+        It does not where positions of the prompt see what comes after them.
+
+        Args:
+            inputs: Encoded batch with any padding; answers in it are left out.
+        """
+        if "generate" in vars(type(self.model)) or self.structure.is_encoder_decoder:
+            return False  # it wants its picture in every call
+        once = {**_GREEDY, "max_new_tokens": 1, "return_dict_in_generate": True, "output_logits": True}
+        prompts = self._placed(prompts_only(inputs, self.tokenizer.pad_token_id))
+        whole = self.model.generate(**prompts, **once).logits[0]
+        prefilled = self.prefill(inputs)
+        cached = self.model.generate(**prefilled.prompts, past_key_values=prefilled.cache, **once).logits[0]
+        return _difference(cached, whole) <= _tolerance(whole)
+
+    @property
+    def _rope_deltas(self) -> Tensor | None:
+        """What models with several parts of positions (M-RoPE) keep of their last prompts."""
+        return getattr(self.model.base_model, "rope_deltas", None)
 
     @torch.inference_mode()
     def generate(
@@ -280,6 +309,8 @@ class VisionLanguageModel(Variants):
         if isinstance(inputs, Prefilled):
             assert not sites, "states of a prompt that is in the cache are gone"
             prompts, cache = inputs.prompts, {"past_key_values": copy.deepcopy(inputs.cache)}
+            if inputs.rope_deltas is not None:
+                self.model.base_model.rope_deltas = inputs.rope_deltas
         else:
             prompts = self._placed(prompts_only(inputs, self.tokenizer.pad_token_id))
         shown = self._shown(prompts)
@@ -290,8 +321,8 @@ class VisionLanguageModel(Variants):
             sequences = self.model.generate(
                 **prompts,
                 **cache,
+                **_GREEDY,
                 max_new_tokens=max_new_tokens,
-                do_sample=False,
                 # Whoever is done goes on until all are: its pieces are still needed.
                 synced_gpus=self.is_sharded,
             )
@@ -368,8 +399,7 @@ class VisionLanguageModel(Variants):
         logits, state = self._asked()
         with torch.inference_mode():
             difference = _difference(self.unembed(state), logits)
-        tolerance = 1e-4 if logits.dtype == torch.float32 else 5e-2
-        if not difference <= tolerance:
+        if not difference <= _tolerance(logits):
             raise ValueError(
                 f"{self.source}: unembedding(norm(lm.block.last)) differs from the model's logits by "
                 f"{difference:.1e} of their size; this architecture needs an entry in backbone/structure.py"
@@ -406,6 +436,11 @@ class VisionLanguageModel(Variants):
         if ends is None:
             ends = self.tokenizer.eos_token_id
         return set(ends) if isinstance(ends, list) else {ends}
+
+
+def _tolerance(logits: Tensor) -> float:
+    """How far equal logits may be apart, relative to their size."""
+    return 1e-4 if logits.dtype == torch.float32 else 5e-2
 
 
 def _difference(ours: Tensor, logits: Tensor) -> float:

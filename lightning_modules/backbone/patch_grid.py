@@ -90,10 +90,10 @@ class PatchFinder:
             name = self._name_of_pixels(black, white)
             # What is padding is the same in both; all else is brought to shares of the picture's sides.
             span = white[name].double() - black[name].double()
-            span = torch.where(span.abs() > 1e-3 * span.abs().max(), span, torch.nan)
+            span = torch.where(span.abs() > 0.1 * span.abs().max(), span, torch.nan)
             x, y = (((given[name].double() - black[name].double()) / span).cpu() for given in (across, down))
             # What a token is made of does not depend on the picture's content.
-            others = tuple(value.cpu().numpy().tobytes() for other, value in across.items() if other != name)
+            others = tuple(value.cpu().double().numpy().tobytes() for other, value in across.items() if other != name)
             if self._last is None or self._last[0] != (x.shape, others):
                 self._last = (x.shape, others), self._contributions(across, name).cpu()
         weights = self._last[1]
@@ -196,7 +196,7 @@ def _by_codes(tokens: Tensor, pixels: Tensor, plain: Tensor) -> Tensor | None:
     for digit in range(max(len(tokens) - 1, 0).bit_length()):
         has = numbers >> digit & 1
         (coded,) = torch.autograd.grad((tokens * (1 - 2 * has)).sum(), pixels, retain_graph=True)
-        owner |= (coded * plain < 0).long() << digit
+        owner |= ((coded < 0) != (plain < 0)).long() << digit
         shared |= (coded.abs() - plain.abs()).abs() > _MIXED * plain.abs()
     used = plain != 0
     if not used.any() or float((shared & used).sum() / used.sum()) > _MANY:

@@ -64,7 +64,9 @@ class PromptEncoder:
         return append_answers(inputs, answers, self.tokenizer.pad_token_id, self.image_token_id)
 
     def _process(self, images: Sequence[Image.Image], texts: Sequence[str], **options: Any) -> dict[str, Tensor]:
-        given = {"text": list(texts), "padding": True, "padding_side": "left", "return_tensors": "pt", **options}
+        # Some processors would cut long prompts, and with them visual tokens.
+        padded = {"padding": True, "padding_side": "left", "truncation": False}
+        given = {"text": list(texts), **padded, "return_tensors": "pt", **options}
         try:
             # Most processors take a list of pictures for each text, some no other form, and some one list for all.
             return dict(self.processor(images=[[image] for image in images], **given))
@@ -130,7 +132,7 @@ def append_answers(
     width = max(length + len(answer) for length, answer in zip(prompt_lengths, answers, strict=True))
     extended = dict(inputs)
     for name, value in inputs.items():
-        if not _by_position(name, value, ids.shape):
+        if not by_position(name, value, ids.shape):
             continue
         fill = pad_token_id if name == "input_ids" else 0
         if name == "token_type_ids":
@@ -152,8 +154,8 @@ def append_answers(
     return {**extended, "labels": labels}
 
 
-def _by_position(name: str, value: Tensor, shape: torch.Size) -> bool:
-    """Whether a tensor has a value for every position of every sample [B, T]."""
+def by_position(name: str, value: Tensor, shape: torch.Size) -> bool:
+    """Whether a tensor of a batch has a value for every position of every sample [B, T]."""
     return value.shape == shape or (name == _SEEN and value.shape[:2] == shape)
 
 
@@ -179,7 +181,7 @@ def prompts_only(inputs: dict[str, Tensor], pad_token_id: int) -> dict[str, Tens
     for name, value in inputs.items():
         if name == "labels":
             continue
-        if _by_position(name, value, keep.shape):
+        if by_position(name, value, keep.shape):
             fill = pad_token_id if name == "input_ids" else 0
             beyond = (..., *[None] * (value.ndim - 2))
             value = value.gather(1, order[beyond].expand(-1, -1, *value.shape[2:])).masked_fill(~filled[beyond], fill)

@@ -216,7 +216,7 @@ class Variants(nn.Module):
 
 def _is_model(path: str) -> bool:
     try:
-        AutoConfig.from_pretrained(path)
+        AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError):
         return False
     return True
