@@ -319,7 +319,6 @@ def test_the_vision_tower_is_its_longest_list(family: str) -> None:
     structure = load(family).structure
     config = structure.model.config.vision_config
     depth = next(getattr(config, name) for name in ("num_hidden_layers", "depth") if hasattr(config, name))
-    # Mllama goes on with blocks that see all tiles.
     assert len(structure.image_blocks) == depth
 
 

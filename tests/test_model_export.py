@@ -6,12 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from conceptshift.callbacks import ModelExport
 from conceptshift.lightning_modules import FineTuning, VisionLanguageModel
 from conceptshift.lightning_modules.backbone.destinations import check_checkpoint, is_adapter, name_destinations
-from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy
 
 Run = Callable[..., Any]
 LORA = ("--model.lora.rank=2",)
@@ -54,7 +55,7 @@ def test_an_export_that_fails_leaves_the_earlier_one(fit: Run, tmp_path: Path, m
     assert fit(*LORA, *export(folder)).status == 0
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
 
-    def save_half(self: VisionLanguageModel, folder: Path) -> None:
+    def save_half(self: VisionLanguageModel, folder: Path, state: object) -> None:
         (folder / "adapter_config.json").write_text("half")
         raise OSError("disk full")
 
@@ -118,8 +119,8 @@ def test_accumulated_gradients_make_no_step_0(fit: Run, tmp_path: Path) -> None:
 
 def test_a_model_in_pieces_is_refused_before_training(tiny: Path, tmp_path: Path) -> None:
     """Of what process 0 alone has of it, no model could be made."""
-    trainer: Any = SimpleNamespace(strategy=FSDPStrategy())
+    trainer: Any = SimpleNamespace(strategy=Mock(spec=DeepSpeedStrategy))
     callback, module = ModelExport(str(tmp_path / "export")), FineTuning(str(tiny))
-    with pytest.raises(ValueError, match=r"a model that FSDPStrategy has in pieces; use --trainer\.strategy ddp"):
+    with pytest.raises(ValueError, match=r"a model that DeepSpeed has in pieces; use --trainer\.strategy ddp"):
         callback.setup(trainer, module, "fit")
     callback.setup(trainer, module, "validate")
