@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -15,6 +17,8 @@ from conceptshift.callbacks.parts.concept_states import ConceptStates
 from conceptshift.concepts import load_dictionary
 from conceptshift.concepts.pca import PCA
 from conceptshift.datamodules.stored_features import FeatureStore
+from conceptshift.lightning_modules import FeatureExtraction
+from lightning.pytorch.strategies import ModelParallelStrategy
 from scipy import stats
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -225,3 +229,12 @@ def test_numbers_that_are_too_small(name: str, value: int, least: int) -> None:
     options: dict[str, Any] = {name: value}
     with pytest.raises(ValueError, match=rf"CausalChecker\.{name} must be at least {least}, got {value}"):
         CausalChecker("concepts", **options)
+
+
+def test_pieces_of_a_model_cannot_be_asked_outside_of_batches(tiny: Path) -> None:
+    trainer: Any = SimpleNamespace(strategy=Mock(spec=ModelParallelStrategy))
+    module = FeatureExtraction(str(tiny), ["lm.block.1"], ["answer"])
+    with pytest.raises(
+        ValueError, match=r"^CausalChecker runs the model outside of its batches, .* --trainer\.strategy"
+    ):
+        CausalChecker("nowhere").setup(trainer, module, "predict")
