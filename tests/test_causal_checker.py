@@ -234,7 +234,5 @@ def test_numbers_that_are_too_small(name: str, value: int, least: int) -> None:
 def test_pieces_of_a_model_cannot_be_asked_outside_of_batches(tiny: Path) -> None:
     trainer: Any = SimpleNamespace(strategy=Mock(spec=ModelParallelStrategy))
     module = FeatureExtraction(str(tiny), ["lm.block.1"], ["answer"])
-    with pytest.raises(
-        ValueError, match=r"^CausalChecker runs the model outside of its batches, .* --trainer\.strategy"
-    ):
+    with pytest.raises(ValueError, match=r"^CausalChecker runs the model outside of its batches, .* --trainer"):
         CausalChecker("nowhere").setup(trainer, module, "predict")

@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
 Run = Callable[..., Any]
-LORA = ("--model.lora.rank=4", "--model.lora.dropout=0", "--model.optimizer=torch.optim.AdamW", "--model.optimizer.lr=0.01")
+ADAMW = "--model.optimizer=torch.optim.AdamW"
+LORA = ("--model.lora.rank=4", "--model.lora.dropout=0", ADAMW, "--model.optimizer.lr=0.01")
 
 
 def training(
