@@ -10,7 +10,7 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch import Tensor
 
 from ..concepts import (
@@ -31,6 +31,8 @@ from .parts.sources import store_folder
 from .parts.state_set_checks import check_dictionary, check_sites, check_states
 from .parts.state_sets import SelectedStates, StateSet
 
+# Sides of fewer states are told of.
+_FEW = 10
 # A vector shorter than this share of the typical state is what rounding leaves of nothing.
 _ROUNDING = 1e-6
 Method = Literal["coarse", "principal", "probe", "fine"]
@@ -136,6 +138,10 @@ class SteeringVectorMaker(Callback):
             shuffled |= {} if controls is None else {site: controls}
             for name, value in facts.items():
                 metadata.setdefault(name, {})[site] = value
+            if (fewest := min(len(source.rows), len(target.rows))) < _FEW:
+                rank_zero_warn(
+                    f"{self.out}: one side has {fewest} states only; some 50 make a vector that can be relied on"
+                )
             told = ", ".join(f"{name} {facts[name]:.3g}" for name in ("length", "probe_accuracy") if name in facts)
             rank_zero_info(
                 f"{self.out}: {self.method} vector at {site} from {len(source.rows)} source to {len(target.rows)} "

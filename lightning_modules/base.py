@@ -12,11 +12,12 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 
 from ..datamodules.sample import Batch, Sample
 from .backbone import PromptEncoder, VisionLanguageModel
-from .backbone.loading import DeviceMap, Quantization
+from .backbone.loading import DTYPES, DeviceMap, Quantization
 from .backbone.prompts import IGNORED
 from .backbone.readout import Readout
 
@@ -53,6 +54,8 @@ class BackboneModule(L.LightningModule):
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
+        if dtype not in DTYPES:
+            raise ValueError(f"--model.init_args.dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
         if max_new_tokens < 1:
             raise ValueError(f"--model.init_args.max_new_tokens must be at least 1, got {max_new_tokens}")
         self.model_id = model_id
@@ -93,6 +96,8 @@ class BackboneModule(L.LightningModule):
         if self._backbone is None:
             self._check_placement()
             backbone = self.load()
+            if backbone.processor.chat_template is None:
+                rank_zero_info(f"{self.model_id} has no chat template: it is given prompts as they are")
             if self.device_mesh is not None:
                 backbone.shard(self.device_mesh["data_parallel"], self.trainer.state.fn == "fit")
             self._backbone = backbone
@@ -132,7 +137,8 @@ class BackboneModule(L.LightningModule):
         if limit is not None:
             kept = batch.inputs["attention_mask"].bool()
             prompts = kept.sum(dim=1) - batch.inputs["labels"].ne(IGNORED).sum(dim=1)
-            follow = 0 if self.trainer.training else self.max_new_tokens - 1
+            apart = self.trainer.training or self.backbone.structure.is_encoder_decoder
+            follow = 0 if apart else self.max_new_tokens - 1
             lengths = torch.maximum(kept.sum(dim=1), prompts + follow)
             longest = int(lengths.argmax())
             if lengths[longest] > limit:
@@ -147,10 +153,8 @@ class BackboneModule(L.LightningModule):
     @cached_property
     def context_length(self) -> int | None:
         """Positions that the language model can read, as far as its configuration or tokenizer tells."""
-        config = self.backbone.model.config
-        if config.is_encoder_decoder:
-            return None
-        length = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+        text = self.backbone.model.config.get_text_config(decoder=True)
+        length = getattr(text, "max_position_embeddings", None)
         told = self.backbone.tokenizer.model_max_length
         # A tokenizer that knows none has a huge number there.
         return length or (told if told < 10**9 else None)

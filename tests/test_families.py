@@ -10,6 +10,7 @@ import pytest
 import torch
 from conceptshift.lightning_modules import VisionLanguageModel
 from conceptshift.lightning_modules.backbone import Role
+from conceptshift.lightning_modules.backbone.heat_map import visual_states
 from conceptshift.lightning_modules.backbone.interventions import Steering
 from conceptshift.lightning_modules.backbone.knockout import AttentionKnockout
 from conceptshift.lightning_modules.backbone.prompts import append_answers
@@ -362,3 +363,17 @@ def test_what_a_decoder_of_its_own_cannot_is_refused_by_name(family: str) -> Non
     for run in (model.read, model.logits, model.prefill, model):
         with pytest.raises(ValueError, match=f"^{family}: no .*: an encoder reads picture and prompt"):
             run(inputs)
+
+
+def test_steering_is_tried_where_there_is_no_final_norm() -> None:
+    model = load("florence2")
+    vector = torch.ones(model.unembed.weight.shape[1])
+    model.try_steering(model.encode(pictures(), PROMPTS), [Steering("lm.block.0", vector)], 3)
+    with pytest.raises(ValueError, match=r"positions 'image' match nothing at 'lm\.block\.0' \(an encoder reads"):
+        model.try_steering(model.encode(pictures(), PROMPTS), [Steering("lm.block.0", vector, positions="image")], 3)
+
+
+@pytest.mark.parametrize("family", ["mllama", "florence2"])
+def test_there_are_no_visual_tokens_to_draw(family: str) -> None:
+    with pytest.raises(ValueError, match=f"{family} has no visual tokens to read: "):
+        visual_states(load(family), pictures(), PROMPTS, "lm.block.0")

@@ -13,10 +13,12 @@ import pytest
 import torch
 from accelerate import dispatch_model
 from conceptshift.concepts import SteeringVectors, _optional
+from conceptshift.datamodules.sample import Batch, Sample
 from conceptshift.datamodules.stored_features import FeatureStore
 from conceptshift.lightning_modules import FeatureExtraction, FineTuning, VisionLanguageModel
 from conceptshift.lightning_modules.backbone import Steering
 from conceptshift.lightning_modules.backbone.loading import DeviceMap, quantization_config
+from conceptshift.tests.families.dynamic import ODD
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -206,7 +208,7 @@ def repository(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
 
 def test_a_repository_s_code_is_run_only_where_it_is_trusted(repository: Path, predict: Run, tmp_path: Path) -> None:
     error = predict(tmp_path / "store", model=repository).error
-    assert "the Python code in its repository is not run; choose another model, or read that code and pass" in error
+    assert "the Python code in its repository is not run; choose another model, or read that code and give" in error
     assert "--model.init_args.trust_remote_code true" in error
     assert not (tmp_path / "ran").exists()
     done = predict(tmp_path / "store", "--model.trust_remote_code=true", "--data.limit=2", model=repository)
@@ -256,3 +258,38 @@ def test_a_sample_longer_than_the_context_is_refused(tiny: Path, predict: Run, f
     for context, status in ((needed - 1, 2), (needed, 0)):
         model = with_context(tiny, tmp_path / f"model-{context}", context)
         assert predict(tmp_path / f"{context}", "--data.limit=4", "--data.batch_size=4", model=model).status == status
+
+
+# --- what cannot be loaded is told in one line ------------------------------------------------------------
+
+
+def test_a_precision_that_there_is_not(tiny: Path) -> None:
+    with pytest.raises(ValueError, match=r"--model\.init_args\.dtype: expected one of auto, .*, got 'bf16'"):
+        FineTuning(str(tiny), dtype="bf16")
+
+
+def test_a_package_that_is_missing_is_named(tiny: Path, cli: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise ImportError("\nLoading this needs `brackets`\nand more")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.AutoModelForImageTextToText.from_pretrained", fail)
+        assert "(Loading this needs `brackets`)" in cli("sites", "--model", tiny).error
+    monkeypatch.setattr("transformers.AutoProcessor.from_pretrained", fail)
+    error = cli("sites", "--model", tiny).error
+    assert "its processor needs a package that is missing (Loading this needs `brackets` and more)" in error
+    assert "no image-text-to-text model" not in error
+
+
+def test_an_encoder_of_its_own_has_a_limit_too() -> None:
+    backbone = VisionLanguageModel(*ODD["florence2"](), "florence2")
+    module = FeatureExtraction("florence2", ["lm.block.1"], ["answer"], max_new_tokens=4)
+    module._backbone = backbone
+    module._trainer = SimpleNamespace(training=False)  # type: ignore[assignment]
+    limit = backbone.model.config.text_config.max_position_embeddings
+    assert module.context_length == limit
+    picture, sample = Image.new("RGB", (64, 64)), Sample("the long one", Path(), "", "")
+    module.check_lengths(Batch([sample], backbone.encode([picture], ["What is it?"], ["a"])))
+    inputs = backbone.encode([picture], ["word " * limit], ["a"])
+    with pytest.raises(ValueError, match=rf"'the long one' takes \d+ positions .* but florence2 reads {limit}"):
+        module.check_lengths(Batch([sample], inputs))

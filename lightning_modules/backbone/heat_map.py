@@ -36,8 +36,10 @@ def visual_states(
         States [P, D] of each picture in float32 on the CPU; P may differ between pictures.
 
     Raises:
-        ValueError: The site is none, or has no state for each visual token.
+        ValueError: The site is none, or has no state for each visual token, or the model has no visual tokens.
     """
+    if reason := backbone.structure.without_visual_tokens:
+        raise ValueError(f"{backbone.source} has no visual tokens to read: {reason}")
     inputs = {name: value.to(backbone.model.device) for name, value in backbone.encode(pictures, prompts).items()}
     (place,) = backbone.sites([site])
     generation = backbone.generate(inputs, 1, [place])

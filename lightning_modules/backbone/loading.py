@@ -19,6 +19,9 @@ from ...concepts._optional import require
 from . import molmo  # noqa: F401 - makes Molmo known to transformers
 from .processors import load_processor
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+"""Precisions of weights: as saved, or one of torch's."""
+
 Quantization = Literal["4bit", "8bit"]
 """Bits that a weight of a linear layer has in memory."""
 
@@ -93,13 +96,16 @@ def reading(model_id: str) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
+    except (OSError, SafetensorError, KeyError, ValueError, ImportError) as error:
+        if str(error).startswith(f"model_id {model_id!r}"):
+            raise
+        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         if "trust_remote_code" in str(error):
             raise ValueError(
                 f"model_id {model_id!r}: transformers does not know this model, and the Python code in its repository "
-                "is not run; choose another model, or read that code and pass --model.init_args.trust_remote_code true "
-                "and, of a repository on the hub, the commit that was read with --model.init_args.revision"
+                "is not run; choose another model, or read that code and give fit, validate, test, predict or sweep "
+                "--model.init_args.trust_remote_code true and, of a repository on the hub, with "
+                "--model.init_args.revision the commit that was read"
             ) from error
         raise ValueError(
             f"model_id {model_id!r}: no image-text-to-text model can be loaded from it ({first}); give a folder "

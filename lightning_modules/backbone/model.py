@@ -175,8 +175,8 @@ class VisionLanguageModel(Variants):
     def _check_one_sequence(self, what: str) -> None:
         if self.structure.is_encoder_decoder:
             raise ValueError(
-                f"{self.source}: no {what}: {self.structure.without_visual_tokens}; it can answer, and states are read "
-                "and changed in its decoder"
+                f"{self.source}: no {what}: {self.structure.without_visual_tokens}; it can answer in `conceptshift "
+                "predict`, with scorers, and its decoder's states are read and steered there"
             )
 
     def _shown(self, prompts: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -244,12 +244,14 @@ class VisionLanguageModel(Variants):
             if self.sites([steering.site])[0].positions == "image":
                 selected &= token_map.window(0, columns) == Role.IMAGE
             if not selected.any():
+                why = f" ({reason})" if (reason := self.structure.without_visual_tokens) else ""
                 raise ValueError(
-                    f"positions {steering.positions!r} match nothing at {steering.site!r}: the prompt has {width} "
+                    f"positions {steering.positions!r} match nothing at {steering.site!r}{why}: the prompt has {width} "
                     f"positions, and at most {max_new_tokens - 1} follow it"
                 )
         with self.intervene(*interventions):
-            states = self.generate(inputs, 1, self.sites(["lm.norm"])).states["lm.norm"]
+            last = self.sites(["lm.*"])[-1]
+            states = self.generate(inputs, 1, [last]).states[last.name]
         if not states.isfinite().all():
             raise ValueError("steering makes hidden states infinite; choose a smaller alpha")
 

@@ -203,7 +203,7 @@ def _by_codes(tokens: Tensor, pixels: Tensor, plain: Tensor) -> Tensor | None:
         return None
     entries = (used & ~shared).flatten().nonzero().flatten()
     indices = torch.stack([owner.flatten()[entries], entries])
-    return torch.sparse_coo_tensor(indices, torch.ones(len(entries)), (len(tokens), pixels.numel())).coalesce()
+    return _sparse(indices, torch.ones(len(entries)), (len(tokens), pixels.numel()))
 
 
 def _one_by_one(tokens: Tensor, pixels: Tensor, model: str) -> Tensor:
@@ -226,7 +226,7 @@ def _one_by_one(tokens: Tensor, pixels: Tensor, model: str) -> Tensor:
     indices = torch.stack([owners, torch.cat([row.indices for row in rows])])
     values = torch.cat([row.values for row in rows])
     indices, values = indices[:, values > 0], values[values > 0]
-    return torch.sparse_coo_tensor(indices, values, (len(tokens), pixels.numel())).coalesce()
+    return _sparse(indices, values, (len(tokens), pixels.numel()))
 
 
 def _evened(weights: Tensor, shape: torch.Size) -> Tensor:
@@ -261,7 +261,12 @@ def _regular(tokens: int, shape: torch.Size) -> Tensor | None:
     crop = torch.arange(crops)[:, None, None, None]
     owner = (crop * rows * columns + row[:, None] * columns + column).expand(-1, shape[-3], -1, -1).flatten()
     indices = torch.stack([owner, torch.arange(len(owner))])
-    return torch.sparse_coo_tensor(indices, torch.ones(len(owner)), (tokens, len(owner))).coalesce()
+    return _sparse(indices, torch.ones(len(owner)), (tokens, len(owner)))
+
+
+def _sparse(indices: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    # Without being told to check or not, torch warns of crashes.
+    return torch.sparse_coo_tensor(indices, values.to(indices.device), shape, check_invariants=False).coalesce()
 
 
 def _coordinates(width: int, height: int, axis: int) -> Image.Image:

@@ -152,11 +152,12 @@ class Structure:
 
     @cached_property
     def image_blocks(self) -> list[nn.Module]:
-        """The blocks of the vision tower: its longest list."""
+        """The blocks of the vision tower: its longest list of that name, or of any."""
         if self.image_encoder is None:
             return []
-        lists = [module for module in self.image_encoder.modules() if isinstance(module, nn.ModuleList)]
-        return max((list(one) for one in lists), key=len, default=[])
+        named = [(name, one) for name, one in self.image_encoder.named_modules() if isinstance(one, nn.ModuleList)]
+        lists = [one for name, one in named if name.rpartition(".")[2] in (*_BLOCK_LISTS, "resblocks")]
+        return max((list(one) for one in lists or [one for _, one in named]), key=len, default=[])
 
     @cached_property
     def projector(self) -> nn.Module | None:
