@@ -10,7 +10,7 @@ import pytest
 import torch
 from conceptshift.cli.architectures import Architecture, inspect
 from conceptshift.cli.main import main
-from conceptshift.lightning_modules.backbone.structure import Structure
+from conceptshift.lightning_modules.backbone.structure import Structure, Unembedding
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 PARTS = ("blocks", "norm", "unembedding", "image_token", "projector")
@@ -38,6 +38,8 @@ def test_what_is_not_found_has_a_reason(listed: dict[str, dict[str, Any]]) -> No
         assert one["supported"] or one["reason"]
         if not one["image_token"] and one["supported"]:
             assert "cross-attention" in one["reason"] or "encoder" in one["reason"]
+    for beside in ("blip", "idefics", "mllama"):
+        assert listed[beside]["reason"] == "pictures reach the language model through cross-attention"
     assert "timm" in listed["gemma3n"]["reason"]
     assert listed["pi0"] == {
         **dict.fromkeys(PARTS), "model_type": "pi0", "supported": False,
@@ -95,3 +97,15 @@ def test_a_norm_of_another_name_is_not_taken_for_none() -> None:
         Structure(_Odd("closing", torch.nn.GELU)).norm  # noqa: B018
     # Blocks that end in a norm need none behind them.
     assert isinstance(Structure(_Odd("closing", lambda: torch.nn.LayerNorm(2))).norm, torch.nn.Identity)
+
+
+def test_logits_are_scaled_as_configurations_say() -> None:
+    head, states = torch.nn.Linear(3, 5), torch.randn(2, 3)
+    logits = head(states)
+    scaled = {
+        "logit_scale": 4 * logits,
+        "logits_scaling": logits / 4,
+        "final_logit_softcapping": 4 * (logits / 4).tanh(),
+    }
+    for name, expected in scaled.items():
+        torch.testing.assert_close(Unembedding(head, ((name, 4.0),))(states), expected)

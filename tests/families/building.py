@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -70,6 +70,23 @@ def finish(model: Any, tokenizer: Any, seed: int = 0) -> Any:
     for name, value in token_ids(tokenizer).items():
         setattr(model.generation_config, name, value)
     return model.eval()
+
+
+Builder = Callable[[], tuple[Any, Any]]
+
+
+def seeded(builders: dict[str, Builder]) -> dict[str, Builder]:
+    """Builders that make the same model whatever was drawn before."""
+
+    def fixed(build: Builder) -> Builder:
+        def made() -> tuple[Any, Any]:
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                return build()
+
+        return made
+
+    return {name: fixed(build) for name, build in builders.items()}
 
 
 def chat_template(image: str, user: Sequence[str], assistant: Sequence[str], bos: str = "{{ bos_token }}") -> str:

@@ -95,7 +95,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from transformers.models.smolvlm import processing_smolvlm
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
-from .building import TEXT, chat_template, finish, make_tokenizer, token_ids
+from .building import TEXT, chat_template, finish, make_tokenizer, seeded, token_ids
 
 _PATCH = 14
 _SIZE = 56
@@ -770,27 +770,29 @@ def chameleon() -> tuple[Any, Any]:
     return finish(ChameleonForConditionalGeneration(config), tokenizer), processor
 
 
-CROPS: dict[str, Callable[[], tuple[Any, Any]]] = {
-    "llava": llava,
-    "llava_next": llava_next,
-    "llava_onevision": llava_onevision,
-    "idefics2": idefics2,
-    "idefics3": idefics3,
-    "smolvlm": smolvlm,
-    "paligemma": paligemma,
-    "gemma3": gemma3,
-    "mllama": mllama,
-    "internvl": internvl,
-    "aya_vision": aya_vision,
-    "blip-2": blip2,
-    "instructblip": instructblip,
-    "got_ocr2": got_ocr2,
-    "janus": janus,
-    "deepseek_vl": deepseek_vl,
-    "vipllava": vipllava,
-    "cohere2_vision": cohere2_vision,
-    "llama4": llama4,
-    "ovis2": ovis2,
-    "aria": aria,
-    "chameleon": chameleon,
-}
+CROPS: dict[str, Callable[[], tuple[Any, Any]]] = seeded(
+    {
+        "llava": llava,
+        "llava_next": llava_next,
+        "llava_onevision": llava_onevision,
+        "idefics2": idefics2,
+        "idefics3": idefics3,
+        "smolvlm": smolvlm,
+        "paligemma": paligemma,
+        "gemma3": gemma3,
+        "mllama": mllama,
+        "internvl": internvl,
+        "aya_vision": aya_vision,
+        "blip-2": blip2,
+        "instructblip": instructblip,
+        "got_ocr2": got_ocr2,
+        "janus": janus,
+        "deepseek_vl": deepseek_vl,
+        "vipllava": vipllava,
+        "cohere2_vision": cohere2_vision,
+        "llama4": llama4,
+        "ovis2": ovis2,
+        "aria": aria,
+        "chameleon": chameleon,
+    }
+)

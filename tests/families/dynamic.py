@@ -11,12 +11,13 @@ import numpy as np
 import torch
 import transformers
 from conceptshift.lightning_modules.backbone.processors import VideoOptions, pictures_only
-from conceptshift.tests.families.building import TEXT, chat_template, finish, make_tokenizer, token_ids
 from transformers import BatchFeature
 from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import PILImageResampling, SizeDict
 from transformers.models.pixtral import image_processing_pil_pixtral
 from transformers.processing_utils import ImagesKwargs
+
+from .building import TEXT, chat_template, finish, make_tokenizer, seeded, token_ids
 
 # Configurations take dictionaries of sizes, which their type hints refuse.
 hf: Any = transformers
@@ -643,32 +644,36 @@ def t5gemma2() -> tuple[Any, Any]:
     return model, processor
 
 
-DYNAMIC: dict[str, Callable[[], tuple[Any, Any]]] = {
-    "qwen2_vl": qwen2_vl,
-    "qwen2_5_vl": qwen2_5_vl,
-    "qwen3_vl": qwen3_vl,
-    "qwen3_5": qwen3_5,
-    "mistral3": mistral3,
-    "glm4v": glm4v,
-    "molmo2": molmo2,
-    "lfm2_vl": lfm2_vl,
-    "lighton_ocr": lighton_ocr,
-    "ernie4_5_vl_moe": ernie4_5_vl_moe,
-    "paddleocr_vl": paddleocr_vl,
-    "video_llama_3": video_llama_3,
-    "exaone4_5": exaone4_5,
-    "qwen3_vl_moe": qwen3_vl_moe,
-    "glm46v": glm46v,
-    "glm4v_moe": glm4v_moe,
-    "glm_ocr": glm_ocr,
-}
+DYNAMIC: dict[str, Callable[[], tuple[Any, Any]]] = seeded(
+    {
+        "qwen2_vl": qwen2_vl,
+        "qwen2_5_vl": qwen2_5_vl,
+        "qwen3_vl": qwen3_vl,
+        "qwen3_5": qwen3_5,
+        "mistral3": mistral3,
+        "glm4v": glm4v,
+        "molmo2": molmo2,
+        "lfm2_vl": lfm2_vl,
+        "lighton_ocr": lighton_ocr,
+        "ernie4_5_vl_moe": ernie4_5_vl_moe,
+        "paddleocr_vl": paddleocr_vl,
+        "video_llama_3": video_llama_3,
+        "exaone4_5": exaone4_5,
+        "qwen3_vl_moe": qwen3_vl_moe,
+        "glm46v": glm46v,
+        "glm4v_moe": glm4v_moe,
+        "glm_ocr": glm_ocr,
+    }
+)
 """Builders of a tiny random model and its processor, by `model_type`."""
 
-ODD: dict[str, Callable[[], tuple[Any, Any]]] = {
-    "kosmos-2": kosmos2,
-    "git": git,
-    "blip": blip,
-    "florence2": florence2,
-    "t5gemma2": t5gemma2,
-}
+ODD: dict[str, Callable[[], tuple[Any, Any]]] = seeded(
+    {
+        "kosmos-2": kosmos2,
+        "git": git,
+        "blip": blip,
+        "florence2": florence2,
+        "t5gemma2": t5gemma2,
+    }
+)
 """Builders of models that are no decoder which reads its picture as tokens of the prompt."""
