@@ -2,6 +2,7 @@
 
     conceptshift shapes --out data/shapes --images 4000
     OMP_NUM_THREADS=1 python benchmarks/extraction.py       # shapes-llava; on a CUDA machine LLaVA-1.5-7B too
+    OMP_NUM_THREADS=1 python benchmarks/extraction.py --workers 1   # pictures are read on another core
     python benchmarks/extraction.py --llava-blocks 1 --samples 2 --batch 2 --tokens 2 --repeats 3   # its code, anywhere
 
 With: FeatureExtraction and FeatureWriter in a Trainer, from the first batch to the merged store, three sites, two
@@ -76,7 +77,13 @@ def measure(backbone: VisionLanguageModel, options: argparse.Namespace) -> dict[
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     blocks = [site.name for site in backbone.sites(["lm.block.*"])]
     sites = list(dict.fromkeys([blocks[len(blocks) // 4], blocks[len(blocks) // 2], blocks[-1]]))
-    data = CaptionDataModule(options.data, predict_split="train", limit=options.samples, batch_size=options.batch)
+    data = CaptionDataModule(
+        options.data,
+        predict_split="train",
+        limit=options.samples,
+        batch_size=options.batch,
+        num_workers=options.workers,
+    )
     data.setup("predict")
     samples = data.samples("predict")
     answers: dict[str, dict[str, str]] = {}
@@ -125,7 +132,8 @@ def measure(backbone: VisionLanguageModel, options: argparse.Namespace) -> dict[
     noise = _ratio(seconds["loop"][1::2], seconds["loop"][2::2])
     result: dict[str, Any] = {
         "model": backbone.source, "blocks": len(blocks), "sites": sites, "selectors": _SELECTORS,
-        "samples": len(samples), "batch": options.batch, "tokens": options.tokens, "repeats": options.repeats,
+        "samples": len(samples), "workers": options.workers, "batch": options.batch, "tokens": options.tokens,
+        "repeats": options.repeats,
         "dtype": str(backbone.model.dtype), "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "samples per second": rates,
@@ -246,6 +254,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=512)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=25)
+    parser.add_argument("--workers", type=int, default=0, help="processes that read pictures for the extraction")
     parser.add_argument("--repeats", type=int, default=20, help="pairs of runs")
     parser.add_argument("--json", type=Path, help="file to write")
     options = parser.parse_args()

@@ -62,7 +62,7 @@ class MolmoProcessor(ProcessorMixin):
             padding_side: As of a tokenizer.
             add_special_tokens: Begin texts with what begins a text, if they do not yet.
             return_tensors: As of a tokenizer. What is made of the pictures is tensors in any case.
-            **kwargs: Nothing; transformers passes on here what other processors take.
+            **kwargs: Nothing that asks for anything; other processors take more.
 
         Returns:
             `input_ids` and `attention_mask` [B, T]; with pictures what the image processor gives, in which texts
@@ -72,7 +72,7 @@ class MolmoProcessor(ProcessorMixin):
             ValueError: A text has several pictures, their number is not that of the `<|image|>`, or an argument is
                 not known.
         """
-        unknown = sorted(name for name, value in kwargs.items() if value is not None)
+        unknown = sorted(name for name, value in kwargs.items() if value not in (None, False))
         if unknown:
             raise ValueError(f"{unknown[0]}: not known to Molmo's processor; leave it out")
         texts = [text] if isinstance(text, str) else list(text or ())
