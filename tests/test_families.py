@@ -352,6 +352,13 @@ def test_a_decoder_of_its_own_is_read_and_steered(family: str) -> None:
         assert token in model.generate(inputs, 4).token_map.answers[0]
 
 
+def test_a_tower_in_stages_has_the_last_block_of_each() -> None:
+    structure = load("florence2").structure
+    names = [structure.name_of(block) for block in structure.image_blocks]
+    depths = structure.model.config.vision_config.depths
+    assert names == [f"model.vision_tower.blocks.{stage}.{depth - 1}" for stage, depth in enumerate(depths)]
+
+
 @pytest.mark.parametrize("family", ENCODER_DECODER)
 def test_what_a_decoder_of_its_own_cannot_is_refused_by_name(family: str) -> None:
     model = load(family)

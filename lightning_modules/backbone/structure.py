@@ -157,7 +157,9 @@ class Structure:
             return []
         named = [(name, one) for name, one in self.image_encoder.named_modules() if isinstance(one, nn.ModuleList)]
         lists = [one for name, one in named if name.rpartition(".")[2] in (*_BLOCK_LISTS, "resblocks")]
-        return max((list(one) for one in lists or [one for _, one in named]), key=len, default=[])
+        longest = max((list(one) for one in lists or [one for _, one in named]), key=len, default=[])
+        # Of a tower in stages, the last block of each.
+        return [one[-1] if isinstance(one, nn.ModuleList) else one for one in longest]
 
     @cached_property
     def projector(self) -> nn.Module | None:
