@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from ..datamodules.word_classes import word_class
 from ..lightning_modules import SteeringSweep
 from ..lightning_modules.backbone.destinations import DESTINATION
 from ..metrics import normalize_answer
+from .parts.journal import Journal
 from .parts.processes import gather
 from .parts.questions import check_questions
 from .parts.run_description import describe_sweep
@@ -29,12 +29,6 @@ from .parts.steering_checks import try_on_longest_prompt, warn_of_other_weights
 from .parts.sweep_figures import show_sweep
 from .parts.sweep_scores import Target, clear_directions, score_sweep
 from .steerer import Steerer
-
-_WORKING = "texts-{rank:05d}.jsonl"
-# What the texts are of.
-# Longer values are not spelled out in errors.
-_SHORT = 60
-_NOTE = "run.json"
 
 
 @dataclass
@@ -90,7 +84,7 @@ class SweepScorer(Callback):
         self.out = Path(out)
         self.targets = targets
         self.goals = {target.name: target.goal() for target in targets}
-        self.overwrite = overwrite
+        self.journal = Journal(self.out, overwrite)
         self._skipped: dict[str, str] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -116,65 +110,9 @@ class SweepScorer(Callback):
         done: set[str] = set()
         if trainer.is_global_zero:
             description = describe_sweep(trainer, pl_module)
-            done = self._done(description, {sample.sample_id for sample in samples}, trainer.world_size)
+            done = self.journal.resume(description, {sample.sample_id for sample in samples}, trainer.world_size)
         pl_module.is_kept = True
         data.exclude_ids = frozenset(trainer.strategy.broadcast(done))
-
-    def _done(self, description: dict[str, Any], ids: set[str], processes: int) -> set[str]:
-        """Ids that need not be run again."""
-        if not self._goes_on(description):
-            return set()
-        done = set(self._answered()) & ids
-        # A process without a sample stops Lightning, or calls nothing that could score: some are answered again.
-        again = max(processes - len(ids - done), 0)
-        return done - set(sorted(done)[:again])
-
-    def _goes_on(self, description: dict[str, Any]) -> bool:
-        """Whether the folder has a sweep to go on with.
-
-        Raises:
-            ValueError: It has one of another run.
-        """
-        noted = self.out / _NOTE
-        if not noted.is_file() and any(self.out.glob("texts-*.jsonl")) and not self.overwrite:
-            raise ValueError(
-                f"{self.out}: holds answers, but not {_NOTE}, which says of what; set `overwrite`, or move them"
-            )
-        if self.overwrite or not noted.is_file():
-            return False
-        found = json.loads(noted.read_text(encoding="utf-8"))
-        # As it will be read back.
-        for key, value in json.loads(json.dumps(description)).items():
-            if found.get(key, value) != value:
-                raise ValueError(
-                    f"{self.out}: holds a sweep of another run ({_difference(key, found[key], value)}); choose another "
-                    "`out`, or set `overwrite` to begin anew"
-                )
-        return True
-
-    def _begin(self, description: dict[str, Any]) -> None:
-        """Prepare the folder."""
-        if not self._goes_on(description):
-            for path in [*self.out.glob("texts-*.jsonl"), *self.out.glob("*/sweep.json")]:
-                path.unlink()
-        write_json(self.out / _NOTE, description)
-        for path in self.out.glob("texts-*.jsonl"):
-            if not path.read_bytes().endswith(b"\n"):
-                # Cut off in the middle of a line, which the next must not continue.
-                with path.open("a") as file:
-                    file.write("\n")
-
-    def _answered(self) -> dict[str, dict[str, str]]:
-        """Id → run → text, of all processes so far."""
-        answered = {}
-        for path in sorted(self.out.glob("texts-*.jsonl")):
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    continue  # cut off in the middle of being written: it is answered again
-                answered[row["sample_id"]] = row["texts"]
-        return answered
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Try every steering on the first sample, then prepare the folder."""
@@ -185,7 +123,9 @@ class SweepScorer(Callback):
         if trainer.is_global_zero:
             backbone = pl_module.backbone
             hashes = {"weights_hash": backbone.weights_hash(), "adapter_hash": backbone.destination_hash(DESTINATION)}
-            self._begin({**describe_sweep(trainer, pl_module), **hashes})
+            if self.journal.begin({**describe_sweep(trainer, pl_module), **hashes}):
+                for path in self.out.glob("*/sweep.json"):
+                    path.unlink()
         trainer.strategy.barrier()
         self._skipped = {}
 
@@ -200,12 +140,13 @@ class SweepScorer(Callback):
     ) -> None:
         """Write the answers of one batch, all runs of its samples at once."""
         self._skipped |= {item.sample_id: item.reason for item in batch.skipped}
-        lines = [
-            json.dumps({"sample_id": sample_id, "texts": {run: texts[row] for run, texts in outputs.items()}}) + "\n"
-            for row, sample_id in enumerate(batch.sample_ids)
-        ]
-        with (self.out / _WORKING.format(rank=trainer.global_rank)).open("a", encoding="utf-8") as file:
-            file.write("".join(lines))
+        self.journal.write(
+            trainer.global_rank,
+            [
+                {"sample_id": sample_id, "texts": {run: texts[row] for run, texts in outputs.items()}}
+                for row, sample_id in enumerate(batch.sample_ids)
+            ],
+        )
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Score all runs and write the result."""
@@ -218,7 +159,7 @@ class SweepScorer(Callback):
 
     def _score(self, trainer: L.Trainer, module: SteeringSweep, skipped: dict[str, str]) -> None:
         samples = {sample.sample_id: sample for sample in trainer.datamodule.samples("predict")}  # type: ignore[attr-defined]
-        answered = {i: texts for i, texts in sorted(self._answered().items()) if i in samples}
+        answered = {i: row["texts"] for i, row in self.journal.rows().items() if i in samples}
         if not answered:
             raise ValueError(f"no readable picture among the samples: {'; '.join(list(skipped.values())[:1])}")
         missing = sorted(set(samples) - set(answered) - set(skipped))
@@ -267,15 +208,6 @@ class SweepScorer(Callback):
         show_sweep(sweep, folder, trainer.loggers)
         best = [row for row in rows if row["pareto"] and row["kind"] == "steered"]
         rank_zero_info(f"{folder}: {len(rows)} runs of {facts['samples']} samples, {len(best)} on the Pareto front")
-
-
-def _difference(key: str, before: Any, now: Any) -> str:
-    """The first thing that differs between two descriptions of a run."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        inner = next(name for name in sorted({*before, *now}) if before.get(name) != now.get(name))
-        return _difference(f"{key}.{inner}", before.get(inner), now.get(inner))
-    short = all(len(repr(value)) <= _SHORT for value in (before, now))
-    return f"`{key}` was {before!r}, and is {now!r}" if short else f"they differ in `{key}`"
 
 
 def _check_goal(name: str, goal: Target, samples: list[Sample]) -> None:

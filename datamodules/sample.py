@@ -7,8 +7,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
+from pycocotools import mask as coco_mask
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One object in a picture.
+
+    Attributes:
+        category: Name of its class.
+        segmentation: Its mask: COCO's run lengths, `size` (height, width) and `counts`.
+    """
+
+    category: str
+    segmentation: dict[str, Any]
+
+    def mask(self) -> NDArray[np.bool_]:
+        """Where it is [height, width]."""
+        return np.asarray(coco_mask.decode(self.segmentation), dtype=bool)
 
 
 @dataclass
@@ -25,6 +45,9 @@ class Sample:
         answer_type: VQAv2's `yes/no`, `number` or `other`; empty for captions.
         question_type: VQAv2's first words of a question; empty for captions.
         label: A class that the data give the sample, e.g. safe or unsafe; empty where there is none.
+        instances: The objects in the picture, where the data have their masks.
+        object: The class of objects that the sample is about; empty where it is about none.
+        setting: How it is asked about: `generative` (a description is to name it), `polling` (yes or no), or `vqa`.
     """
 
     sample_id: str
@@ -36,6 +59,9 @@ class Sample:
     answer_type: str = ""
     question_type: str = ""
     label: str = ""
+    instances: tuple[Instance, ...] = ()
+    object: str = ""
+    setting: str = ""
 
 
 @dataclass

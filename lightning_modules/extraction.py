@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from ..datamodules.sample import Batch
-from .backbone import Generation, Rows, Selector, Site, VisionLanguageModel
-from .backbone.destinations import ORIGINAL, check_checkpoint, is_adapter, name_destinations
+from .backbone import Generation, Rows, Selector, Site
 from .backbone.loading import DeviceMap, Quantization
-from .base import BackboneModule
+from .variants import VariantsModule
 
 
 @dataclass
@@ -28,7 +26,7 @@ class Extraction:
     rows: list[Rows]
 
 
-class FeatureExtraction(BackboneModule):
+class FeatureExtraction(VariantsModule):
     """Captures hidden states at sites and positions while the model answers.
 
     With a destination, every batch runs twice and gives paired states of the original and the destination; with the
@@ -72,37 +70,23 @@ class FeatureExtraction(BackboneModule):
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__(
-            model_id, revision, None, dtype, attention, max_new_tokens, quantization, device_map, trust_remote_code
+            model_id,
+            revision,
+            destination,
+            dtype,
+            attention,
+            max_new_tokens,
+            variants,
+            quantization,
+            device_map,
+            trust_remote_code,
         )
         if not sites or not selectors:
             raise ValueError("--model.init_args.sites and .selectors need at least one entry each")
         self.site_patterns = sites
         self.selectors = [Selector.parse(selector) for selector in selectors]
         self.answers = answers
-        self.destinations = {} if destination is None else name_destinations(destination)
-        for path in self.destinations.values():
-            check_checkpoint(path)
-            if quantization is not None and not is_adapter(path) and Path(path).is_dir():
-                raise ValueError(
-                    f"--model.init_args.destination {path!r} is a whole model, of which no weights can be put into one "
-                    "that --model.init_args.quantization packs; leave that out, or give an adapter"
-                )
-        self.variants = variants or [ORIGINAL, *self.destinations]
-        for variant in self.variants:
-            if variant not in (ORIGINAL, *self.destinations):
-                known = ", ".join([ORIGINAL, *self.destinations])
-                raise ValueError(
-                    f"--model.init_args.variants: no {variant!r}; there are {known}, and --model.init_args.destination "
-                    "names more"
-                )
         self.sites: list[Site] = []
-
-    def load(self) -> VisionLanguageModel:
-        """Load the original, and the destinations beside it."""
-        backbone = super().load()
-        for name, path in self.destinations.items():
-            backbone.add_destination(path, name)
-        return backbone
 
     def configure_model(self) -> None:
         """Load the model and resolve the sites."""

@@ -294,7 +294,7 @@ def test_an_interrupted_sweep_goes_on(sweep: Run, monkeypatch: pytest.MonkeyPatc
         assert "stopped" in sweep(**changes).error
         first = [one for ids in seen for one in ids]
         assert not Path("swept/no").exists()
-    written = Path("swept/texts-00000.jsonl")
+    written = Path("swept/rows-00000.jsonl")
     content = written.read_bytes()
     assert content.count(b"\n") == 4
     written.write_bytes(content[:-40])
@@ -340,7 +340,7 @@ def test_another_run_is_refused(sweep: Run, tmp_path: Path, make_adapter: Callab
     ]
     for key, change in others:
         error = sweep(**base | change).error
-        assert "swept: holds a sweep of another run (" in error
+        assert "swept: holds another run (" in error
         assert f"`{key}" in error
     dictionary.with_concepts(-dictionary.dictionary).save(tmp_path / "dictionary.safetensors", {"site": "lm.block.1"})
     assert "differ in `vectors." in sweep(**base).error
@@ -397,7 +397,7 @@ def test_two_processes_write_what_one_writes(sweep: Run, tiny: Path, shapes: Pat
     done = conceptshift(tmp_path, *command(tiny, shapes, out="two", **changes), *DDP)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "MEMBER: 2/2" in done.stderr, "it ran as one process"
-    assert len(list(Path("two").glob("texts-*.jsonl"))) == 2
+    assert len(list(Path("two").glob("rows-*.jsonl"))) == 2
     assert sweep(out="one", **changes).status == 0
     assert files("two") == files("one")
 
@@ -408,11 +408,11 @@ def test_two_processes_and_a_finished_sweep(sweep: Run, tiny: Path, shapes: Path
     changes: dict[str, Any] = {"data_limit": 3, "targets": [{"name": "yes", "answer": "yes"}]}
     done = conceptshift(tmp_path, *command(tiny, shapes, **changes), *DDP)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert len(list(Path("swept").glob("texts-*.jsonl"))) == 2
+    assert len(list(Path("swept").glob("rows-*.jsonl"))) == 2
     assert texts_of("yes") == texts_of("no")
     done = conceptshift(tmp_path, *command(tiny, shapes, **changes, alphas=[2.0]), *DDP)
     assert done.returncode != 0
-    assert "swept: holds a sweep of another run (they differ in `runs`)" in done.stderr
+    assert "swept: holds another run (they differ in `runs`)" in done.stderr
 
 
 # --- what is refused ----------------------------------------------------------------------------------------
@@ -537,5 +537,5 @@ def test_answers_of_an_unknown_sweep_are_not_thrown_away(sweep: Run) -> None:
     assert sweep(data_limit=2).status == 0
     Path("swept/run.json").unlink()
     before = files("swept")
-    assert "swept: holds answers, but not run.json, which says of what" in sweep(data_limit=2).error
+    assert "swept: holds rows, but not run.json, which says of what" in sweep(data_limit=2).error
     assert files("swept") == before

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .logit_lens import LensReading
 from .selectors import Selector
 from .token_map import TokenMap
 
@@ -55,11 +56,13 @@ class Generation:
         texts: Decoded answers without special tokens.
         token_map: What stands where.
         states: Site → states [B, columns, D] in the token map's columns; the last answer token has none.
+        lens: What the layers decode, where that was asked for.
     """
 
     texts: list[str]
     token_map: TokenMap
     states: dict[str, Tensor]
+    lens: LensReading | None = None
 
     def select(self, selector: Selector, vocabulary: list[str]) -> Rows:
         """Pick states by position.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -17,6 +17,7 @@ from .generation import Generation, Prefilled
 from .interventions import Applied, RunningPass, Steering, intervening
 from .knockout import AttentionKnockout, knocking_out
 from .loading import DeviceMap, Quantization, load_pretrained
+from .logit_lens import LensQuery, LensReader
 from .patch_grid import PatchFinder, PatchGrid
 from .prompts import IGNORED, PromptEncoder, by_position, prompts_only, with_positions
 from .selectors import Selector
@@ -297,7 +298,11 @@ class VisionLanguageModel(Variants):
 
     @torch.inference_mode()
     def generate(
-        self, inputs: dict[str, Tensor] | Prefilled, max_new_tokens: int, sites: Sequence[Site] = ()
+        self,
+        inputs: dict[str, Tensor] | Prefilled,
+        max_new_tokens: int,
+        sites: Sequence[Site] = (),
+        lens: LensQuery | None = None,
     ) -> Generation:
         """Answer the prompts of an encoded batch greedily, and read states on the way.
 
@@ -306,10 +311,16 @@ class VisionLanguageModel(Variants):
                 `prefill` made of one, where no states are read and nothing is steered before the last position.
             max_new_tokens: Tokens to generate at most.
             sites: Where to read states.
+            lens: What to decode at which layers.
+
+        Raises:
+            ValueError: The model has no such layer, or a state does not fit the sequence.
         """
+        reader = None if lens is None else self._lens_reader(lens)
         cache: dict[str, Any] = {}
         if isinstance(inputs, Prefilled):
             assert not sites, "states of a prompt that is in the cache are gone"
+            assert lens is None, "so that no layer of it can be decoded"
             prompts, cache = inputs.prompts, {"past_key_values": copy.deepcopy(inputs.cache)}
             if inputs.rope_deltas is not None:
                 self.model.base_model.rope_deltas = inputs.rope_deltas
@@ -319,7 +330,8 @@ class VisionLanguageModel(Variants):
         width = shown["input_ids"].shape[1]
         starts = torch.full((len(shown["input_ids"]),), width, device=shown["input_ids"].device)
         capture = Capture(sites)
-        with self._running(self._map(shown, starts), first=width - 1 if cache else 0), capture.running():
+        running = self._running(self._map(shown, starts), first=width - 1 if cache else 0)
+        with running, capture.running(), nullcontext() if reader is None else reader.running():
             sequences = self.model.generate(
                 **prompts,
                 **cache,
@@ -334,7 +346,13 @@ class VisionLanguageModel(Variants):
         for row, answer in enumerate(answers):
             mask[row, width : width + len(answer)] = 1
         token_map = self._map({"input_ids": sequences, "attention_mask": mask}, starts, answers)
-        return self._finish(token_map, capture)
+        generation = self._finish(token_map, capture)
+        if reader is not None:
+            generation.lens = reader.reading(token_map)
+        return generation
+
+    def _lens_reader(self, lens: LensQuery) -> LensReader:
+        return LensReader(lens, self.sites(lens.layers), self.final_norm, self.unembed, lambda: self._pass)
 
     @torch.inference_mode()
     def read(self, inputs: dict[str, Tensor], sites: Sequence[Site] = ()) -> Generation:
