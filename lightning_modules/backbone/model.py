@@ -18,7 +18,8 @@ from .interventions import Applied, RunningPass, Steering, intervening
 from .knockout import AttentionKnockout, knocking_out
 from .loading import DeviceMap, Quantization, load_pretrained
 from .logit_lens import LensQuery, LensReader
-from .patch_grid import PatchFinder, PatchGrid
+from .patch_finder import PatchFinder
+from .patch_grid import PatchGrid
 from .prompts import IGNORED, PromptEncoder, by_position, prompts_only, with_positions
 from .selectors import Selector
 from .sites import Site, resolve_sites

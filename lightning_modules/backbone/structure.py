@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -86,7 +86,7 @@ class Structure:
     def blocks(self) -> nn.ModuleList:
         """The blocks of the language model; of an encoder-decoder model those of the decoder."""
         lists = (getattr(self.decoder, name, None) for name in _BLOCK_LISTS)
-        return next(found for found in lists if isinstance(found, nn.ModuleList) and len(found))
+        return next(found for found in lists if _is_list(found))
 
     @cached_property
     def norm(self) -> nn.Module:
@@ -222,7 +222,7 @@ class Structure:
         return path
 
 
-def _is_list(found: Any) -> bool:
+def _is_list(found: Any) -> TypeGuard[nn.ModuleList]:
     return isinstance(found, nn.ModuleList) and len(found) > 0
 
 

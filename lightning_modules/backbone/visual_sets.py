@@ -57,7 +57,7 @@ def grown(grid: PatchGrid, tokens: Tensor, rings: int) -> Tensor:
         rings: How many times the neighbours are added.
     """
     grown_set = tokens.clone()
-    for tile in grid.tile[grid.tile >= 0].unique():
+    for tile in sorted(set(grid.tile.tolist()) - {-1}):
         here = grid.tile == tile
         rows, columns = grid.row[here], grid.column[here]
         cells = torch.zeros(1, 1, int(rows.max()) + 1, int(columns.max()) + 1)
@@ -80,7 +80,7 @@ def registers(states: Tensor) -> Tensor:
     Args:
         states: Hidden states of the picture's visual tokens [P, D].
     """
-    lengths = states.float().norm(dim=1)
+    lengths = torch.linalg.vector_norm(states.float(), dim=1)
     return lengths > lengths.mean() + _REGISTER * lengths.std(correction=0)
 
 
