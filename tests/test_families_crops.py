@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from conceptshift.lightning_modules.backbone.processors import load_processor
-from conceptshift.tests.families.crops import CROPS, cohere2_vision, least_enlarged, llama4
+from conceptshift.tests.families.crops import CROPS, cohere2_vision, llama4
+from conceptshift.tests.families.pictures import least_enlarged
 from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
 
-import numpy as np
 from conceptshift.lightning_modules.backbone.processors import VideoOptions, pictures_only
 from transformers import (
     AriaConfig,
@@ -15,7 +14,6 @@ from transformers import (
     AyaVisionConfig,
     AyaVisionForConditionalGeneration,
     AyaVisionProcessor,
-    BatchFeature,
     Blip2Config,
     Blip2ForConditionalGeneration,
     Blip2Processor,
@@ -77,7 +75,6 @@ from transformers import (
     VipLlavaConfig,
     VipLlavaForConditionalGeneration,
 )
-from transformers.image_utils import SizeDict
 from transformers.models.aria.image_processing_pil_aria import AriaImageProcessorPil
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from transformers.models.chameleon.image_processing_pil_chameleon import ChameleonImageProcessorPil
@@ -96,6 +93,7 @@ from transformers.models.smolvlm import processing_smolvlm
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from .building import TEXT, chat_template, finish, make_tokenizer, seeded, token_ids
+from .pictures import Cohere2VisionPictures, Llama4Pictures
 
 _PATCH = 14
 _SIZE = 56
@@ -137,6 +135,17 @@ def _im_tokenizer(*special: str, **named: str) -> Any:
     return tokenizer
 
 
+def _llava_processor(tokenizer: Any, user: tuple[str, str], assistant: tuple[str, str]) -> Any:
+    return LlavaProcessor(
+        image_processor=CLIPImageProcessorPil(size={"shortest_edge": _SIZE}, crop_size=_SQUARE),
+        tokenizer=tokenizer,
+        patch_size=_PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=chat_template("<image>\n", user, assistant),
+    )
+
+
 def llava() -> tuple[Any, Any]:
     """LLaVA-1.5: a square crop, CLIP's last block but one without the class token, a Llama."""
     tokenizer = make_tokenizer()
@@ -146,14 +155,7 @@ def llava() -> tuple[Any, Any]:
         image_token_index=tokenizer.vocab["<image>"],
         image_seq_length=16,
     )
-    processor = LlavaProcessor(
-        image_processor=CLIPImageProcessorPil(size={"shortest_edge": _SIZE}, crop_size=_SQUARE),
-        tokenizer=tokenizer,
-        patch_size=_PATCH,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=chat_template("<image>\n", ("USER: ", " "), ("ASSISTANT: ", "{{ eos_token }}")),
-    )
+    processor = _llava_processor(tokenizer, ("USER: ", " "), ("ASSISTANT: ", "{{ eos_token }}"))
     return finish(LlavaForConditionalGeneration(config), tokenizer), processor
 
 
@@ -556,51 +558,8 @@ def vipllava() -> tuple[Any, Any]:
         vision_feature_layer=[-2, -3, 1],
         image_seq_length=16,
     )
-    processor = LlavaProcessor(
-        image_processor=CLIPImageProcessorPil(size={"shortest_edge": _SIZE}, crop_size=_SQUARE),
-        tokenizer=tokenizer,
-        patch_size=_PATCH,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=chat_template("<image>\n", ("###Human: ", ""), ("###Assistant: ", "{{ eos_token }}")),
-    )
+    processor = _llava_processor(tokenizer, ("###Human: ", ""), ("###Assistant: ", "{{ eos_token }}"))
     return finish(VipLlavaForConditionalGeneration(config), tokenizer), processor
-
-
-def _cut(picture: Any, edge: int) -> list[Any]:
-    """The square tiles of a picture [C, H, W], row by row."""
-    height, width = picture.shape[-2:]
-    return [picture[:, y : y + edge, x : x + edge] for y in range(0, height, edge) for x in range(0, width, edge)]
-
-
-def least_enlarged(height: int, width: int, edge: int, most: int) -> tuple[int, int]:
-    """The grid that a picture fits into with the least enlargement, or else with the least reduction."""
-    grids = [(rows, columns) for columns in range(1, most + 1) for rows in range(1, most // columns + 1)]
-    grids.sort(key=lambda grid: grid[0] * grid[1])  # of equals the one with fewer tiles
-    scales = [min(rows * edge / height, columns * edge / width) for rows, columns in grids]
-    enlarging = [scale for scale in scales if scale >= 1]
-    return grids[scales.index(min(enlarging) if enlarging else max(scales))]
-
-
-class _Cohere2VisionImages(GotOcr2ImageProcessorPil):
-    """A stand-in for Cohere2VisionImageProcessor, which needs torchvision: the tiles, then the whole picture."""
-
-    patch_size = 2  # visual tokens along a tile's edge
-
-    def crop_image_to_patches(
-        self,
-        image: Any,
-        min_patches: int,
-        max_patches: int,
-        use_thumbnail: bool = True,
-        patch_size: Any = None,
-        resample: Any = None,
-    ) -> list[Any]:
-        edge = patch_size.height
-        height, width = image.shape[-2:]
-        rows, columns = least_enlarged(height, width, edge, max_patches)
-        tiles = _cut(self.resize(image, SizeDict(height=rows * edge, width=columns * edge), resample), edge)
-        return tiles if len(tiles) == 1 else [*tiles, self.resize(image, patch_size, resample)]
 
 
 def cohere2_vision() -> tuple[Any, Any]:
@@ -618,43 +577,11 @@ def cohere2_vision() -> tuple[Any, Any]:
         alignment_intermediate_size=64,
     )
     processor = Cohere2VisionProcessor(
-        image_processor=_Cohere2VisionImages(size=_SQUARE, crop_to_patches=True, max_patches=4),
+        image_processor=Cohere2VisionPictures(size=_SQUARE, crop_to_patches=True, max_patches=4),
         tokenizer=tokenizer,
         chat_template=_cohere_template("<|IMG_PATCH|>"),
     )
     return finish(Cohere2VisionForConditionalGeneration(config), tokenizer), processor
-
-
-class _Llama4Images(GotOcr2ImageProcessorPil):
-    """A stand-in for Llama4ImageProcessor, which needs torchvision.
-
-    The picture lies, undistorted, at the top left of a canvas of tiles; of several tiles the whole picture,
-    stretched to a tile, is the last.
-    """
-
-    def _preprocess(  # type: ignore[override]
-        self, images: list[Any], size: Any, resample: Any, max_patches: int, return_tensors: str, **options: Any
-    ) -> BatchFeature:
-        edge = size.height
-        tiles, grids = [], []
-        for image in images:
-            height, width = image.shape[-2:]
-            rows, columns = least_enlarged(height, width, edge, max_patches)
-            # A picture is enlarged to one tile at most.
-            scale = min(
-                min(max(height, edge), rows * edge) / height,
-                min(max(width, edge), columns * edge) / width,
-            )
-            shape = SizeDict(height=int(height * scale + 1e-9), width=int(width * scale + 1e-9))
-            padding = ((0, 0), (0, rows * edge - shape.height), (0, columns * edge - shape.width))
-            of_image = _cut(np.pad(self.resize(image, shape, resample), padding), edge)
-            if len(of_image) > 1:
-                of_image.append(self.resize(image, size, resample))
-            of_image = [self.rescale(tile, options["rescale_factor"]) for tile in of_image]
-            tiles += [self.normalize(tile, options["image_mean"], options["image_std"]) for tile in of_image]
-            grids.append([rows, columns])
-        data = {"pixel_values": np.stack(tiles), "aspect_ratios": grids}
-        return BatchFeature(data, tensor_type=return_tensors)
 
 
 def llama4() -> tuple[Any, Any]:
@@ -687,7 +614,7 @@ def llama4() -> tuple[Any, Any]:
     )
     header = "<|header_start|>{}<|header_end|>\n\n"
     processor = Llama4Processor(
-        image_processor=_Llama4Images(size=_SQUARE, max_patches=4, image_mean=[0.5] * 3, image_std=[0.5] * 3),
+        image_processor=Llama4Pictures(size=_SQUARE, max_patches=4, image_mean=[0.5] * 3, image_std=[0.5] * 3),
         tokenizer=tokenizer,
         patch_size=_PATCH,
         chat_template=chat_template(
