@@ -6,6 +6,9 @@ from .folder import FolderDataModule
 from .hub import HubDataModule
 from .images import BadImageError, read_image
 from .mixture import MixtureDataModule
+from .object_names import ObjectNames
+from .objects import ObjectDataModule
+from .pictures import PicturesDataModule
 from .replay import StoredFeatures
 from .sample import Batch, Sample, SkippedSample
 from .visual_genome import VisualGenomeDataModule
@@ -22,7 +25,10 @@ __all__ = [
     "FolderDataModule",
     "HubDataModule",
     "MixtureDataModule",
+    "ObjectDataModule",
+    "ObjectNames",
     "PictureDataModule",
+    "PicturesDataModule",
     "Sample",
     "SkippedSample",
     "StoredFeatures",

@@ -192,6 +192,10 @@ class PictureDataModule(L.LightningDataModule, ABC):
             filters = " and ".join(self.filters(training=stage == "fit"))
             with_words = f" with words of {filters}; choose others" if filters else ""
             raise ValueError(f"{self.root}: split {self.splits[stage]!r} has no samples for `{stage}`{with_words}")
+        return self.limited(samples)
+
+    def limited(self, samples: list[Sample]) -> list[Sample]:
+        """What `limit` leaves of the samples of a stage."""
         return samples[: self.limit]
 
     def train_dataloader(self) -> Iterable[Batch]:
