@@ -105,7 +105,7 @@ def preflight(subcommand: str, module: L.LightningModule, data: Any, trainer: L.
     for writer in cast(Any, trainer).callbacks:
         if isinstance(writer, FeatureWriter) and isinstance(module, FeatureExtraction):
             size = disk_need(module, backbone, samples, lengths)
-            if not _fits(f"disk at most in {writer.folder}", size, _free_disk(writer.folder)):
+            if not _fits(f"disk at most in {writer.folder}", size, free_disk(writer.folder)):
                 refused.append(
                     f"{writer.folder}: features can need more than is free; read at fewer --model.init_args.sites, "
                     "select `answer_mean` instead of `answer`, or choose another folder"
@@ -339,7 +339,8 @@ def _free_on(device: int | str) -> int:
     return int(get_max_memory()[device])
 
 
-def _free_disk(folder: Path) -> int:
+def free_disk(folder: Path) -> int:
+    """Free bytes where a folder is, or will be."""
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     return shutil.disk_usage(there).free
 

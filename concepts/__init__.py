@@ -9,6 +9,7 @@ from .draws import shift_draws
 from .grounding import english_lexicon, english_stop_words, ground_images, ground_words
 from .kmeans import KMeans
 from .matching import match_concepts, stability
+from .mean_token import MeanToken, TokenMoments, object_direction
 from .overcomplete import Overcomplete
 from .pca import PCA
 from .recovery import Groundings, Recovery, recovery, t_overlap
@@ -41,12 +42,14 @@ __all__ = [
     "FitReport",
     "Groundings",
     "KMeans",
+    "MeanToken",
     "Overcomplete",
     "Recovery",
     "SemiNMF",
     "ShiftSignificance",
     "Simple",
     "SteeringVectors",
+    "TokenMoments",
     "cluster_vectors",
     "coarse_vector",
     "concept_shift",
@@ -62,6 +65,7 @@ __all__ = [
     "load_shift",
     "load_steering_vectors",
     "match_concepts",
+    "object_direction",
     "pair_rows",
     "principal_vector",
     "probe_accuracy",

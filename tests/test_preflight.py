@@ -180,7 +180,7 @@ def test_what_cannot_fit_is_refused(predict: Run, fit: Run, tmp_path: Path, monk
     assert "most of it for optimizer states; train LoRA" in fit("--preflight").error
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(preflight, "_free_disk", lambda folder: 1000)
+    monkeypatch.setattr(preflight, "free_disk", lambda folder: 1000)
     error = predict(tmp_path / "store", "--preflight").error
     assert f"{tmp_path / 'store'}: features can need more than is free; read at fewer --model.init_args.sites" in error
 

@@ -27,7 +27,7 @@ def grid_of(rows: int, columns: int, width: float, height: float, tile: int = 0)
 
 def joined(*grids: PatchGrid) -> PatchGrid:
     """Several tiles after each other, with a token between them that covers nothing."""
-    nothing = PatchGrid(*(torch.tensor([-1]) for _ in range(3)), torch.zeros(1, 4))
+    nothing = PatchGrid(torch.tensor([-1]), torch.tensor([-1]), torch.tensor([-1]), torch.zeros(1, 4))
     parts = [part for grid in grids for part in (grid, nothing)][:-1]
     return PatchGrid(
         *(torch.cat([getattr(part, name) for part in parts]) for name in ("tile", "row", "column", "boxes"))

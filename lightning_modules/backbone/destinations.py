@@ -155,8 +155,10 @@ def exchanged(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]
     own = own_tensors(model)
     kept = {name: own[name].data for name in weights}
     try:
-        for name, value in weights.items():
-            own[name].data = value.to(device=kept[name].device, dtype=kept[name].dtype)
+        # Gradients can be taken through them, whatever surrounds this.
+        with torch.inference_mode(False):
+            for name, value in weights.items():
+                own[name].data = value.to(device=kept[name].device, dtype=kept[name].dtype)
         yield
     finally:
         for name, value in kept.items():

@@ -208,13 +208,9 @@ class Applied:
                 return known and not is_image
             selected = self.selector.mask(token_map, start, length)
             return selected & (token_map.window(start, length) == Role.IMAGE) if is_image else selected
-        roles = token_map.window(start, length)
-        allowed = roles == Role.IMAGE if is_image else roles != Role.PAD
         assert isinstance(self.steering.positions, Tensor)
-        chosen = self.steering.positions.to(roles.device)
-        indices = torch.arange(start, start + length, device=roles.device) - token_map.first_column[:, None]
-        within = (indices >= 0) & (indices < chosen.shape[1])
-        return allowed & within & chosen.gather(1, indices.clamp(0, chosen.shape[1] - 1))
+        chosen = columns_of(self.steering.positions, token_map, start, length)
+        return chosen & (token_map.window(start, length) == Role.IMAGE) if is_image else chosen
 
     def _alpha(self, token_map: TokenMap, start: int, length: int, device: torch.device) -> Tensor | float:
         """α, the same everywhere or of each position [B, length, 1]."""
@@ -260,6 +256,22 @@ class Applied:
         for name, rows in given:
             if len(rows) != samples:
                 raise ValueError(f"steering with {len(rows)} {name} for a batch of {samples} samples; give one each")
+
+
+def columns_of(positions: Tensor, token_map: TokenMap, start: int, length: int) -> Tensor:
+    """The columns from `start` on where a mask of positions holds [B, length]; never padding.
+
+    Args:
+        positions: Boolean mask over each sample's sequence without padding [B, L]; behind its end it does not hold.
+        token_map: What stands where.
+        start: First column.
+        length: Number of columns.
+    """
+    present = token_map.window(start, length) != Role.PAD
+    chosen = positions.to(present.device)
+    indices = torch.arange(start, start + length, device=present.device) - token_map.first_column[:, None]
+    within = (indices >= 0) & (indices < chosen.shape[1])
+    return present & within & chosen.gather(1, indices.clamp(0, chosen.shape[1] - 1))
 
 
 @contextmanager

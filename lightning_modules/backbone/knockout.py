@@ -16,10 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .interventions import RunningPass
+from .generation import Generation
+from .interventions import RunningPass, columns_of
 from .selectors import Selector
 from .sites import Site
-from .token_map import Role, TokenMap
+from .token_map import TokenMap
+
+# States that differ by no more, relative to their length, are equal but for rounding.
+_ROUNDING = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
 @dataclass(frozen=True)
@@ -72,16 +76,12 @@ class _Positions:
         """The columns from `start` on where it holds [B, length]; never padding."""
         if isinstance(self.given, Selector):
             return self.given.mask(token_map, start, length)
-        roles = token_map.window(start, length)
-        if len(self.given) != len(roles):
+        if len(self.given) != (samples := len(token_map.roles)):
             raise ValueError(
-                f"attention knockout with {len(self.given)} masks of positions for a batch of {len(roles)} samples; "
-                "give one each"
+                f"attention knockout with {len(self.given)} masks of positions for a batch of {samples} samples; give "
+                "one each"
             )
-        chosen = self.given.to(roles.device)
-        indices = torch.arange(start, start + length, device=roles.device) - token_map.first_column[:, None]
-        within = (roles != Role.PAD) & (indices >= 0) & (indices < chosen.shape[1])
-        return within & chosen.gather(1, indices.clamp(0, chosen.shape[1] - 1))
+        return columns_of(self.given, token_map, start, length)
 
 
 class _Applied:
@@ -232,3 +232,25 @@ def knocking_out(
         for block in blocks:
             stack.callback(applied.attach(block).remove)
         yield
+
+
+def changed(before: Generation, after: Generation, site: str) -> Tensor:
+    """Whether an intervention reached what a model says first: the state that predicts the answer's first token.
+
+    A mask of another form makes attention round otherwise; that is no change.
+
+    Args:
+        before: Answers to some prompts.
+        after: Answers to the same prompts, intervened.
+        site: Where both were read: the last block, or `lm.norm`.
+
+    Returns:
+        Boolean [B].
+    """
+    first, second = (
+        one.states[site][torch.arange(len(one.texts)), (one.token_map.answer_start - 1).cpu()]
+        for one in (before, after)
+    )
+    lengths, differences = (torch.linalg.vector_norm(one.float(), dim=1) for one in (first, second - first))
+    moved: Tensor = differences > _ROUNDING[first.dtype] * lengths
+    return moved

@@ -81,7 +81,8 @@ def registers(states: Tensor) -> Tensor:
         states: Hidden states of the picture's visual tokens [P, D].
     """
     lengths = torch.linalg.vector_norm(states.float(), dim=1)
-    return lengths > lengths.mean() + _REGISTER * lengths.std(correction=0)
+    longer: Tensor = lengths > lengths.mean() + _REGISTER * lengths.std(correction=0)
+    return longer
 
 
 def random_tokens(tokens: int, count: int, seed: str) -> Tensor:
