@@ -21,6 +21,8 @@ COMMANDS = {
     "export-steered": ("export_steered", "save a steered model as an ordinary one"),
     "export-vector": ("export_vector", "write a steering vector as a control vector of llama.cpp"),
     "explain": ("explain", "show which concepts a picture activates, and where in it they are"),
+    "lens": ("lens", "show in pages what every layer decodes at every patch of pictures, of several models at once"),
+    "mean-token": ("mean_token", "average visual tokens over pictures, and find directions of the objects in them"),
     "shapes": ("shapes", "generate the embedded data set"),
     "shapes-model": ("shapes_model", "write a small untrained model for it"),
     "report": ("report", "write the HTML report of a run folder"),

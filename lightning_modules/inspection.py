@@ -35,6 +35,8 @@ class Answers:
 class Inspection(VariantsModule):
     """Answers prompts, so that callbacks can look into the model: logit lens, ablation of visual tokens, knockout.
 
+    Every batch is decoded and encoded once, and runs once as each variant.
+
     Args:
         model_id: Folder in the Hugging Face layout, or hub id.
         revision: Commit or tag on the hub.
@@ -50,6 +52,10 @@ class Inspection(VariantsModule):
         device_map: `auto` lays the layers of the model on all GPUs of this machine, in one process.
         trust_remote_code: Run the Python that the model's repository ships, with all your rights: it can read, change
             and send whatever you can. Only for code that you have read, at the commit that `revision` names.
+
+    Raises:
+        ValueError: A destination cannot be loaded into the model, or is called as the steered original is; or a variant
+            is unknown.
     """
 
     def __init__(
@@ -79,18 +85,53 @@ class Inspection(VariantsModule):
             trust_remote_code,
             more_variants=[STEERED] if steering else [],
         )
+        if steering and STEERED in self.destinations:
+            raise ValueError(
+                f"--model.init_args.destination: {self.destinations[STEERED]!r} would be called {STEERED!r}, as the "
+                "steered original is; rename its folder"
+            )
         self.steering = steering or []
         self._loaded: list[Steering] = []
-        self.lens: LensQuery | None = None
-        """What to decode in every pass; a callback sets it before the first batch."""
+        self._lens: LensQuery | None = None
+
+    @property
+    def lens(self) -> LensQuery | None:
+        """What to decode in every pass; a callback sets it before the first batch, for this run.
+
+        Raises:
+            ValueError: Another callback has set it to something else.
+        """
+        return self._lens
+
+    @lens.setter
+    def lens(self, query: LensQuery) -> None:
+        if self._lens not in (None, query):
+            raise ValueError(
+                "two of --trainer.callbacks want the logit lens, each of other tokens or layers; run them one after "
+                "the other"
+            )
+        self._lens = query
 
     def setup(self, stage: str) -> None:
-        """Read the steering vectors."""
+        """Read the steering vectors, so that what is wrong with them is told before a model is loaded."""
         self._loaded = [step.load() for step in self.steering]
+
+    def on_predict_end(self) -> None:
+        """Forget what was to be decoded."""
+        self._lens = None
+
+    @property
+    def steerings(self) -> list[Steering]:
+        """What steers the `steered` variant, in order, from `setup` on."""
+        return self._loaded
 
     @contextmanager
     def running_as(self, variant: str) -> Iterator[VisionLanguageModel]:
-        """The model as one of the variants, within the context."""
+        """The model as one of the variants, within the context.
+
+        Args:
+            variant: `original`, `steered`, or the name of a destination.
+        """
         steerings = self._loaded if variant == STEERED else []
         with (
             self.backbone.running_as(ORIGINAL if variant == STEERED else variant),

@@ -14,9 +14,10 @@ from ... import __version__
 from ...concepts import content_hash, load_steering_vectors
 from ...datamodules.base import PictureDataModule
 from ...datamodules.stored_features import Row
-from ...lightning_modules import FeatureExtraction, SteeringStep, SteeringSweep
+from ...lightning_modules import FeatureExtraction, Inspection, SteeringStep, SteeringSweep
 from ...lightning_modules.backbone.destinations import ORIGINAL
 from ...lightning_modules.base import BackboneModule
+from ...lightning_modules.variants import VariantsModule
 from ..steerer import Steerer
 
 
@@ -38,10 +39,24 @@ def describe_sweep(trainer: L.Trainer, module: SteeringSweep) -> Row:
     return {**_describe(trainer, module, getattr(trainer, "datamodule", None)), **module.describe()}
 
 
+def describe_inspection(trainer: L.Trainer, module: Inspection) -> Row:
+    """What the answers of an inspection depend on, as far as the configuration tells."""
+    return {
+        **_describe(trainer, module, getattr(trainer, "datamodule", None)),
+        "checkpoints": dict(module.destinations),
+        "variants": list(module.variants),
+        "steering": [_describe_step(step) for step in module.steering],
+    }
+
+
 def describe_model(module: FeatureExtraction) -> Row:
     """What only the loaded model tells: its sites, and hashes of its weights."""
+    return {"sites": [site.name for site in module.sites], **describe_weights(module)}
+
+
+def describe_weights(module: VariantsModule) -> Row:
+    """Hashes of the weights of a loaded model and of its destinations."""
     return {
-        "sites": [site.name for site in module.sites],
         "weights_hash": module.backbone.weights_hash(),
         "checkpoint_hashes": {name: module.backbone.destination_hash(name) for name in module.destinations},
     }

@@ -153,11 +153,12 @@ class LensReader:
         self._decode()
         lengths = torch.tensor([len(answer) for answer in token_map.answers], device=token_map.roles.device)
         ends = token_map.answer_start + lengths - 1
+        longest = int(ends.max())
         for site, seen in zip(self.sites, self._seen, strict=True):
-            if seen < int(ends.max()):
+            if seen < longest:
                 raise ValueError(
-                    f"site {site.name!r} has {seen} states a sample where the sequence has {int(ends.max())} positions "
-                    "to read; leave this layer out"
+                    f"site {site.name!r} has {seen} states a sample where the sequence has {longest} positions; leave "
+                    "this layer out"
                 )
         width = token_map.roles.shape[1]
         # The last token of an answer has no state, and what a model reads behind it is nothing of the sample.
@@ -199,7 +200,7 @@ class LensReader:
         if state.ndim != 3 or len(state) != len(roles) or (not start and state.shape[1] > roles.shape[1]):
             raise ValueError(
                 f"site {self.sites[layer].name!r} has states of shape {list(state.shape)} where there are "
-                f"{len(roles)} samples of {roles.shape[1]} positions; leave this layer out"
+                f"{len(roles)} samples of {roles.shape[1]} positions, so that it is not known what stands where"
             )
         self._seen[layer] += state.shape[1]
         samples, columns = self._chosen(running.token_map, start, state.shape[1])
@@ -236,5 +237,6 @@ class LensReader:
         total = highest + logits.sub_(highest).exp_().sum(dim=-1, keepdim=True).log()
         sizes = torch.tensor([len(rows.states) for rows in waiting])
         layers = torch.tensor([rows.layer for rows in waiting]).repeat_interleave(sizes).to(ids.device)
-        samples, columns = (torch.cat([rows[part] for rows in waiting]) for part in (1, 2))
+        samples = torch.cat([rows.samples for rows in waiting])
+        columns = torch.cat([rows.columns for rows in waiting])
         self._decoded.append(_Decoded(layers, samples, columns, ids, (values - total).exp(), (asked - total).exp()))

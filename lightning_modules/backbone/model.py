@@ -381,6 +381,10 @@ class VisionLanguageModel(Variants):
     @torch.inference_mode()
     def logits(self, inputs: dict[str, Tensor]) -> Tensor:
         """Logits [B, T, tokens] of an encoded batch with any padding, steered where the model is."""
+        return self.logits_with_graph(inputs)
+
+    def logits_with_graph(self, inputs: dict[str, Tensor]) -> Tensor:
+        """The same where gradients are wanted: what is recorded is up to the caller."""
         self._check_one_sequence("logits of given answers")
         inputs = self._placed(inputs)
         ids, kept = inputs["input_ids"], inputs["attention_mask"]

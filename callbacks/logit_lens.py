@@ -1,0 +1,224 @@
+"""Pages of the logit lens: what every layer decodes at every position of a picture and its prompt."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, cast
+
+import lightning as L
+import numpy as np
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from ..datamodules.base import PictureDataModule
+from ..datamodules.images import read_image
+from ..datamodules.sample import Batch, Sample
+from ..lightning_modules import Answers, Inspection, VisionLanguageModel
+from ..lightning_modules.backbone import Role
+from ..lightning_modules.backbone.logit_lens import LensQuery
+from ..lightning_modules.backbone.patch_grid import PatchGrid
+from ..lightning_modules.inspection import STEERED
+from .parts.figures import tensorboard
+from .parts.journal import Journal
+from .parts.lens_figure import confidence_figure
+from .parts.lens_page import LensPage, LensVariant, write_index, write_page
+from .parts.processes import gather, refuse_pieces
+from .parts.run_description import describe_inspection, describe_weights
+from .parts.steering_checks import try_on_longest_prompt, warn_of_other_weights
+from .steerer import Steerer
+
+_INDEX = "index.html"
+# Names of files that are as good as the ids that they stand for, on any file system.
+_PLAIN = re.compile(r"[a-z0-9][a-z0-9_.-]{0,79}")
+
+
+class LogitLens(Callback):
+    """Writes a page for each picture of an `Inspection`, with all its variants, and an index of the pages.
+
+    At every position the states of a layer are decoded as the last one's are: softmax(unembedding(norm(h))) (Towards
+    Interpreting Visual Information Processing in Vision-Language Models, arXiv 2410.07149, §4). Pages need no network
+    and no server. An interrupted run, started again, goes on where it stopped.
+
+    Args:
+        out: Folder for `index.html` and the pages; `run.json` and `rows-*.jsonl` in it say what has been done.
+        top_k: Tokens of highest probability to show for each layer and position.
+        layers: Sites to decode, `lm.embed` and `lm.block.k`, or wildcards; by default all.
+        overwrite: Begin anew, whatever is there.
+    """
+
+    def __init__(self, out: str, top_k: int = 5, layers: list[str] | None = None, overwrite: bool = False) -> None:
+        if top_k < 1:
+            raise ValueError(f"LogitLens.top_k must be at least 1, got {top_k}")
+        self.out = Path(out)
+        self.top_k = top_k
+        self.layers = layers or ["lm.embed", "lm.block.*"]
+        self.journal = Journal(self.out, overwrite)
+        self._text_of: Callable[[int], str] = str
+        self._skipped: dict[str, str] = {}
+        self._told = False
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Check what is asked for, and leave out of the data what an interrupted run has done."""
+        if not isinstance(pl_module, Inspection):
+            raise TypeError(f"LogitLens looks into what Inspection runs, got {type(pl_module).__name__}")
+        if any(isinstance(other, Steerer) for other in cast(Any, trainer).callbacks):
+            raise ValueError(
+                "LogitLens: a Steerer beside it would steer the original, too; give its vectors to "
+                "--model.init_args.steering instead"
+            )
+        data = getattr(trainer, "datamodule", None)
+        if not isinstance(data, PictureDataModule):
+            raise TypeError("LogitLens needs a data module of pictures, such as --data PicturesDataModule")
+        refuse_pieces(trainer, "LogitLens")
+        done: set[str] = set()
+        if trainer.is_global_zero:
+            ids = {sample.sample_id for sample in data.samples("predict")}
+            done = self.journal.resume(self._describe(trainer, pl_module), ids, trainer.world_size)
+            done = {sample_id for sample_id in done if self._page(sample_id).is_file()}
+        data.exclude_ids = frozenset(trainer.strategy.broadcast(done))
+
+    def _describe(self, trainer: L.Trainer, module: Inspection) -> dict[str, Any]:
+        return {**describe_inspection(trainer, module), "layers": self.layers, "top_k": self.top_k}
+
+    def _page(self, sample_id: str) -> Path:
+        """The page of a sample, whose id may be a path or anything else."""
+        name = sample_id
+        if not _PLAIN.fullmatch(name) or name == Path(_INDEX).stem:
+            readable = re.sub(r"[^A-Za-z0-9]+", "_", sample_id)[-60:].strip("_") or "picture"
+            name = f"{readable}-{sha256(sample_id.encode(errors='surrogateescape')).hexdigest()[:10]}"
+        return self.out / f"{name}.html"
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Check the model, try the steering on the first sample, and prepare the folder.
+
+        Raises:
+            ValueError: The model has no visual tokens, or what steers it does not fit.
+        """
+        assert isinstance(pl_module, Inspection)
+        backbone = pl_module.backbone
+        if reason := backbone.structure.without_visual_tokens:
+            raise ValueError(
+                f"{pl_module.model_id}: the logit lens has no visual tokens to decode: {reason}; choose a model whose "
+                "sequence holds them (`conceptshift architectures`)"
+            )
+        if STEERED in pl_module.variants:
+            warn_of_other_weights([step.file for step in pl_module.steering], backbone)
+            try_on_longest_prompt(trainer, pl_module, [pl_module.steerings])
+        pl_module.lens = LensQuery(tuple(site.name for site in backbone.sites(self.layers)), self.top_k)
+        if trainer.is_global_zero:
+            earlier = self.journal.rows()
+            if self.journal.begin({**self._describe(trainer, pl_module), **describe_weights(pl_module)}):
+                for sample_id in earlier:
+                    self._page(sample_id).unlink(missing_ok=True)
+        trainer.strategy.barrier()
+        # Every token is decoded once, on however many pages it is.
+        self._text_of = cache(lambda token: _decode(backbone, token))
+        self._skipped, self._told = {}, False
+
+    def on_predict_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: list[Answers],
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Write the pages of one batch."""
+        assert isinstance(pl_module, Inspection)
+        self._skipped |= {item.sample_id: item.reason for item in batch.skipped}
+        for number, sample in enumerate(batch.samples):
+            variants = [_variant(answers, number) for answers in outputs]
+            entry = write_page(self._page(sample.sample_id), self._show(pl_module, sample, variants), self._text_of)
+            confidence = {variant.name: _confidence(variant) for variant in variants}
+            row = {"sample_id": sample.sample_id, "entry": entry, "confidence": confidence}
+            self.journal.write(trainer.global_rank, [row])
+
+    def _show(self, module: Inspection, sample: Sample, variants: list[LensVariant]) -> LensPage:
+        assert module.lens is not None
+        picture = read_image(sample.image)
+        grid, no_grid = self._grid(module.backbone, picture.size, int((variants[0].image_index >= 0).sum()))
+        return LensPage(
+            title=sample.sample_id,
+            picture=picture,
+            prompt=sample.prompt,
+            references=sample.references or tuple(dict.fromkeys(sample.answers)),
+            model=module.model_id,
+            layers=module.lens.layers,
+            grid=grid,
+            no_grid=no_grid,
+            variants=variants,
+        )
+
+    def _grid(self, backbone: VisionLanguageModel, size: tuple[int, int], tokens: int) -> tuple[PatchGrid | None, str]:
+        """Where the visual tokens lie in a picture, or why that is not known."""
+        try:
+            grid = backbone.patch_grid(*size)
+            if len(grid.row) == tokens:
+                return grid, ""
+            reason = f"{len(grid.row)} patches are placed, but there are {tokens} visual tokens"
+        except ValueError as error:
+            reason = str(error)
+        if not self._told:
+            rank_zero_warn(f"pages without patches: {reason}")
+            self._told = True
+        return None, reason
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the index of all pages."""
+        assert isinstance(pl_module, Inspection)
+        skipped = dict(gather(sorted(self._skipped.items())))
+        trainer.strategy.barrier()
+        if trainer.is_global_zero:
+            self._finish(trainer, pl_module, skipped)
+        trainer.strategy.barrier()
+
+    def _finish(self, trainer: L.Trainer, module: Inspection, skipped: dict[str, str]) -> None:
+        found = self.journal.rows()
+        ids = [sample.sample_id for sample in trainer.datamodule.samples("predict")]  # type: ignore[attr-defined]
+        rows = [found[sample_id] for sample_id in ids if sample_id in found]
+        if not rows:
+            raise ValueError(f"no readable picture among the samples: {'; '.join(list(skipped.values())[:1])}")
+        write_index(self.out / _INDEX, [row["entry"] for row in rows])
+        writer = tensorboard(trainer)
+        if writer is not None:
+            assert module.lens is not None
+            means = {
+                name: np.mean([row["confidence"][name] for row in rows], axis=0).tolist() for name in module.variants
+            }
+            writer.add_figure("lens/confidence", confidence_figure(module.lens.layers, means))
+        left_out = f", {len(skipped)} unreadable" if skipped else ""
+        rank_zero_info(f"{self.out / _INDEX}: pages of {len(rows)} pictures{left_out}")
+
+
+def _decode(backbone: VisionLanguageModel, token: int) -> str:
+    """A token's text; rows of the unembedding without a token have none."""
+    text: str = backbone.tokenizer.decode([token]) if token < len(backbone.tokenizer) else ""
+    return text
+
+
+def _variant(answers: Answers, number: int) -> LensVariant:
+    """What one variant makes of one sample of a batch."""
+    reading = answers.lens
+    assert reading is not None
+    here = reading.samples == number
+    return LensVariant(
+        name=answers.variant,
+        answer=answers.texts[number],
+        token_ids=reading.token_ids[here].numpy(),
+        roles=[Role(role).name.lower() for role in reading.roles[here].tolist()],
+        image_index=reading.image_index[here].numpy(),
+        top_ids=reading.top_ids[:, here].numpy(),
+        top_probabilities=reading.top_probabilities[:, here].numpy(),
+    )
+
+
+def _confidence(variant: LensVariant) -> list[float]:
+    """Mean probability of the first token of visual tokens, of each layer."""
+    visual = variant.image_index >= 0
+    means: list[float] = variant.top_probabilities[:, visual, 0].mean(axis=1).tolist()
+    return means
