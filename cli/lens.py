@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-
-import lightning as L
 
 from ..callbacks import LogitLens
 from ..datamodules import CAPTION_PROMPT, PicturesDataModule
 from ..lightning_modules import Inspection, SteeringStep
 from ..lightning_modules.backbone.loading import DeviceMap, Quantization
 from .command import run_command
+from .prediction import own_flags, predict
 
 
 def lens(
@@ -62,7 +60,7 @@ def lens(
         skip_bad_images: Leave out unreadable pictures; by default one stops the run.
         overwrite: Begin anew, whatever is in the folder.
     """
-    try:
+    with own_flags():
         module = Inspection(
             model,
             revision,
@@ -75,22 +73,7 @@ def lens(
             trust_remote_code=trust_remote_code,
         )
         data = PicturesDataModule(images, prompt, limit=limit, batch_size=batch_size, skip_bad_images=skip_bad_images)
-        trainer = L.Trainer(
-            callbacks=[LogitLens(out, top_k, [layers] if isinstance(layers, str) else layers, overwrite)],
-            devices=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-        )
-        trainer.predict(module, data, return_predictions=False)
-    except (ValueError, FileNotFoundError) as error:
-        raise type(error)(_flags(str(error))) from error
-
-
-def _flags(message: str) -> str:
-    """A message with the flags of this command, in place of those of `conceptshift predict`."""
-    message = message.replace("--data.init_args.root", "--images").replace("=true", "")
-    return re.sub(r"--(model|data)\.init_args\.|LogitLens\.", "--", message)
+        predict(module, data, [LogitLens(out, top_k, [layers] if isinstance(layers, str) else layers, overwrite)])
 
 
 def run(args: Sequence[str]) -> None:

@@ -65,7 +65,7 @@ class SaveSubcommandConfig(SaveConfigCallback):
 
 def run(args: Sequence[str]) -> None:
     """Run one of Lightning's subcommands; `sweep` is `predict` with a SteeringSweep and a SweepScorer."""
-    _hush()
+    hush()
     subcommand = "predict" if args[0] == "sweep" else args[0]
     if args[0] == "sweep" and "--help" in args:
         print(_SWEEP)
@@ -83,7 +83,7 @@ def run(args: Sequence[str]) -> None:
     )
 
 
-def _hush() -> None:
+def hush() -> None:
     """Leave out messages that no user of this framework can act on."""
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -16,6 +14,7 @@ from ..datamodules import PicturesDataModule
 from ..lightning_modules import FeatureExtraction
 from ..lightning_modules.backbone.loading import DeviceMap, Quantization
 from .command import run_command
+from .prediction import own_flags, predict
 from .preflight import GIB, disk_need, free_disk, measured, skeleton
 
 
@@ -62,7 +61,7 @@ def mean_token(
             you have read, at the commit that `revision` names.
         skip_bad_images: Leave out unreadable pictures; by default one stops the run.
     """
-    try:
+    with own_flags():
         module = FeatureExtraction(
             model,
             [site],
@@ -81,12 +80,7 @@ def mean_token(
         if states is not None:
             check_states(Path(states), module, data)
             callbacks.append(FeatureWriter(states))
-        trainer = L.Trainer(
-            callbacks=callbacks, devices=devices, logger=False, enable_checkpointing=False, enable_model_summary=False
-        )
-        trainer.predict(module, data, return_predictions=False)
-    except (ValueError, FileNotFoundError) as error:
-        raise type(error)(_flags(str(error))) from error
+        predict(module, data, callbacks, devices)
 
 
 @rank_zero_only
@@ -118,12 +112,6 @@ def check_states(folder: Path, module: FeatureExtraction, data: PicturesDataModu
             f"--states {folder}: needs more than is free; lower --limit, choose another folder, or leave it out: the "
             "mean needs no store"
         )
-
-
-def _flags(message: str) -> str:
-    """A message with the flags of this command, in place of those of `conceptshift predict`."""
-    message = message.replace("--data.init_args.root", "--images").replace("=true", "")
-    return re.sub(r"--(model|data)\.init_args\.|--trainer\.", "--", message)
 
 
 def run(args: Sequence[str]) -> None:

@@ -16,6 +16,7 @@ from .command import run_command
 from .report_concepts import dictionary_view
 from .report_dictionaries import Fitted, comparison_view, ordered
 from .report_files import read_json, read_texts
+from .report_inspection import SHAPES, Inspected, inspection_view
 from .report_samples import answers_view, captions_view, color_parts
 from .report_scores import SCORES, facts_view, headline_view, scores_view
 from .report_shift import SHIFT, shift_view
@@ -34,8 +35,8 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
 
     Reads what the folder holds of `results.json`, `samples.json`, `concepts/<name>/concepts.json` with `scores.json`
     and `causal.json` beside it, `shift/<name>/shift.json` and `trajectory.json` with their figures,
-    every `sweep.json` at any depth with its texts and figures, `captions-<variant>.json` and `answers-<variant>.json`;
-    a section whose file is missing is left out.
+    every `sweep.json`, `lens.json`, `ablation.json` and `knockout.json` at any depth with its figures,
+    `captions-<variant>.json` and `answers-<variant>.json`; a section whose file is missing is left out.
 
     Args:
         folder: The run folder.
@@ -45,7 +46,7 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
         The file written.
 
     Raises:
-        FileNotFoundError: The folder has neither `results.json`, nor a dictionary, a shift or a sweep.
+        FileNotFoundError: The folder has neither `results.json`, nor a dictionary, a shift, a sweep, or a look inside.
         ValueError: A file is no JSON, or not what its name says, or of another dictionary than the one beside it.
     """
     view = _view(folder)
@@ -102,8 +103,8 @@ def _view(folder: Path) -> Json:
     """Everything the template shows, section by section."""
     fitted = _dictionaries(folder / "concepts")
     shifts = _shifts(folder / "shift")
-    sweeps = _sweeps(folder)
-    results = _results(folder / "results.json", needed=not fitted and not shifts and not sweeps)
+    sweeps, inspected = _sweeps(folder), _inspected(folder)
+    results = _results(folder / "results.json", needed=not (fitted or shifts or sweeps or inspected))
     # Where no dictionary is left, `results.json` still tells something of them.
     dictionaries = fitted or [
         Fitted(name, "", {"words": [], **summary}) for name, summary in results["concepts"].items() if summary
@@ -119,6 +120,7 @@ def _view(folder: Path) -> Json:
         "shifts": [one.head | shift_view(one.shift, pictures) for one in shifts if one.shift],
         "trajectories": [one.head | trajectory_view(one.trajectory, pictures) for one in shifts if one.trajectory],
         "steering": steering_view(sweeps, samples, pictures),
+        "inspected": inspection_view(inspected),
         "comparison": comparison_view(dictionaries),
         "dictionaries": [dictionary_view(one, small) for one in dictionaries],
         "captions": captions_view(captions, samples, pictures),
@@ -133,8 +135,9 @@ def _results(path: Path, needed: bool) -> Json:
     if results is None and needed:
         raise FileNotFoundError(
             f"{path.parent}: neither results.json nor concepts/*/concepts.json nor shift/*/shift.json or "
-            "trajectory.json nor a sweep.json in it; --folder must be one that `conceptshift demo` has finished, in "
-            "whose concepts/ or shift/ a DictionaryFitter, ShiftMeter or ShiftMonitor wrote, or with a sweep's results"
+            "trajectory.json nor a sweep.json, lens.json, ablation.json or knockout.json in it; --folder must be one "
+            "that `conceptshift demo` has finished, in whose concepts/ or shift/ a DictionaryFitter, ShiftMeter or "
+            "ShiftMonitor wrote, or with what a sweep, LensScorer, AblationMeter or KnockoutMeter wrote"
         )
     results = results or {}
     for key in _RESULTS_KEYS:
@@ -193,6 +196,18 @@ def _sweeps(folder: Path) -> list[Sweep]:
         sweep = Sweep(name, content, figures)
         texts = read_texts(path.with_name("samples.parquet"), [sweep.unsteered["name"], sweep.best["name"]])
         found.append(replace(sweep, texts=texts))
+    return found
+
+
+def _inspected(folder: Path) -> list[Inspected]:
+    """Every result of looking inside pictures, below a folder."""
+    found = []
+    for kind, shape in SHAPES.items():
+        for path in sorted(folder.rglob(f"{kind}.json")):
+            content = read_json(path, "variants", shape=shape) or {}
+            figures = {one.stem: _figure(one) for one in (path.parent / "figures").glob("*.png")}
+            name = path.parent.relative_to(folder).as_posix() if path.parent != folder else folder.name
+            found.append(Inspected(kind, name, content, figures))
     return found
 
 
