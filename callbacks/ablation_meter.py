@@ -47,9 +47,11 @@ class AblationMeter(ObjectMeter):
     pixels of the object's patches are noise are answered without having been seen, by habit or from what is around the
     object; main rows are without them.
 
-    With `directions`, what the object's class adds to a visual token is also projected away from all visual tokens:
-    the answer should lose the object, and keep everything else. Controls are the direction of another class, and random
-    ones.
+    With `directions`, the direction d of the object's class is also projected away from the visual tokens that have it
+    (h·d > 0), h ← h − α (h·d) d (Interpreting and Editing Vision-Language Representations to Mitigate Hallucinations,
+    arXiv 2410.02762, §5; there d is the state of a word): the answer should lose the object, and keep everything else.
+    What d has of the mean token is left out. Controls are the direction of a class that is not in the picture, and a
+    random one.
 
     Writes `ablation.json`, `samples.parquet` and `figures/`. Intervals are bootstraps over pictures, at 95 %.
 
@@ -64,7 +66,7 @@ class AblationMeter(ObjectMeter):
         steps: Steps of the integrated gradients.
         noise: Whether to ask about noise at the object's place, too.
         directions: File of `conceptshift mean-token --annotations` with directions of classes, at any site.
-        strength: How much of a direction is projected away; 1 removes it.
+        strength: α, how much of a direction is projected away: 1 removes it, 2 turns it round.
         overwrite: Begin anew, whatever is there.
     """
 
@@ -78,7 +80,7 @@ class AblationMeter(ObjectMeter):
         steps: int = 50,
         noise: bool = True,
         directions: str | None = None,
-        strength: float = 1.0,
+        strength: float = 2.0,
         overwrite: bool = False,
     ) -> None:
         super().__init__(out, overwrite)
@@ -104,7 +106,7 @@ class AblationMeter(ObjectMeter):
             **{name: None if file is None else MeanToken.load(file).content_hash for name, file in files.items()},
         }
 
-    def prepare(self, module: Inspection) -> None:
+    def check(self, module: Inspection) -> None:
         """Read the files, and check that they are of this model."""
         backbone = module.backbone
         width = backbone.unembed.weight.shape[1]
@@ -184,28 +186,29 @@ class AblationMeter(ObjectMeter):
     def _projected_away(
         self, asked: Asked, directions: MeanToken
     ) -> Iterator[tuple[str, Sequence[int], Sequence[str]]]:
-        """Ask with the direction of each sample's class projected away, and with others."""
+        """Ask with the direction of each sample's class projected away where tokens have it, and with others."""
         own, other, chance = [], [], []
         for sample in asked.samples:
-            direction = directions.objects.get(sample.object)
+            direction, classes = directions.objects.get(sample.object), _absent(sample, directions)
             nothing = torch.zeros_like(directions.mean)
-            own.append(nothing if direction is None else direction)
-            classes = _absent(sample, directions)
             seed = crc32(sample.sample_id.encode())
-            other.append(
-                nothing if direction is None or not classes else directions.objects[classes[seed % len(classes)]]
-            )
             drawn = torch.randn(len(nothing), generator=torch.Generator().manual_seed(seed))
-            chance.append(nothing if direction is None else drawn * directions.variance.sqrt())
-        for name, vectors in ((AWAY, own), (OTHER_AWAY, other), (RANDOM_AWAY, chance)):
-            counts = [
-                len(place.tokens) if vector.any() else 0 for place, vector in zip(asked.places, vectors, strict=True)
-            ]
-            if any(counts):
-                steering = Steering(
-                    directions.site, torch.stack(vectors).float(), self.strength, "image", mode="project_away"
-                )
-                yield name, counts, asked.answer(name, [steering])
+            own.append(nothing if direction is None else direction)
+            other.append(
+                directions.objects[classes[seed % len(classes)]] if direction is not None and classes else nothing
+            )
+            chance.append(nothing if direction is None else drawn)
+        (site,) = asked.backbone.sites([directions.site])
+        rows = asked.backbone.generate(asked.inputs, 1, [site])
+        image = rows.token_map.image_index[:, : rows.states[site.name].shape[1]] >= 0
+        states = [row[here].float().cpu() for row, here in zip(rows.states[site.name], image, strict=True)]
+        for name, found in ((AWAY, own), (OTHER_AWAY, other), (RANDOM_AWAY, chance)):
+            vectors = [_without(vector, directions.mean) for vector in found]
+            having = [tokens @ vector > 0 for tokens, vector in zip(states, vectors, strict=True)]
+            if any(tokens.any() for tokens in having):
+                mask = asked.positions(TokenSet.parse("image"), having)
+                steering = Steering(site.name, torch.stack(vectors), self.strength, mask, mode="project_away")
+                yield name, [int(tokens.sum()) for tokens in having], asked.answer(name, [steering])
 
     def summarize(self, module: Inspection, found: Found, names: ObjectNames) -> dict[str, Any]:
         """Shares of answers that become wrong, with intervals, controls, and what is published."""
@@ -277,6 +280,11 @@ def noised(sample: Sample, place: Place, picture: Image.Image) -> Image.Image:
         inside[max(top, 0) : max(bottom, top + 1, 0), max(left, 0) : max(right, left + 1, 0)] = True
     pixels[inside] = np.asarray(noise_picture(picture.size, sample.sample_id, seed=0))[inside]
     return Image.fromarray(pixels)
+
+
+def _without(vector: Tensor, mean: Tensor) -> Tensor:
+    """A direction without what all tokens have of it; tokens then have it that are more so than the mean one."""
+    return vector - (vector @ mean) / mean.square().sum().clamp_min(torch.finfo(mean.dtype).tiny) * mean
 
 
 def _absent(sample: Sample, directions: MeanToken) -> list[str]:

@@ -71,7 +71,7 @@ class KnockoutMeter(ObjectMeter):
         """What its measurements depend on, besides model and data."""
         return {"knockouts": list(self.knockouts)}
 
-    def prepare(self, module: Inspection) -> None:
+    def check(self, module: Inspection) -> None:
         """Check that the model has the blocks, and that they have attention that can be knocked out."""
         backbone = module.backbone
         count = len(backbone.structure.blocks)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import lightning as L
 import pyarrow as pa
 import pyarrow.parquet as pq
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
 from ..datamodules.files import write_json, write_whole
@@ -18,23 +17,18 @@ from ..datamodules.objects import ObjectDataModule
 from ..datamodules.sample import Batch, Sample
 from ..lightning_modules import Answers, Inspection
 from ..lightning_modules.backbone.logit_lens import LensQuery
-from ..lightning_modules.inspection import STEERED
 from ..metrics import published_lens
 from .parts.class_tokens import ClassTokens, class_tokens
-from .parts.journal import Journal
+from .parts.inspector import Inspector
 from .parts.lens_score_figure import lens_score_figure, log_lens_scores
 from .parts.lens_scores import Row, background, left_out, object_rows, score_picture, summarize_lens
-from .parts.processes import gather, refuse_pieces
-from .parts.run_description import describe_inspection, describe_weights
-from .parts.steering_checks import try_on_longest_prompt, warn_of_other_weights
 from .parts.trial_figures import show_figures
 from .parts.trials import locate
-from .steerer import Steerer
 
 _RESULT = "lens.json"
 
 
-class LensScorer(Callback):
+class LensScorer(Inspector):
     """Scores what the visual tokens of an `Inspection` decode to, at every layer, by the objects in their pictures.
 
     - The share of an object's patches (covered by it to at least half) whose most probable token says its class, in its
@@ -58,53 +52,33 @@ class LensScorer(Callback):
         overwrite: Begin anew, whatever is there.
     """
 
+    masks = True
+
     def __init__(self, out: str, overwrite: bool = False) -> None:
-        self.out = Path(out)
-        self.journal = Journal(self.out, overwrite)
+        super().__init__(out, overwrite)
         self._pictures: dict[str, dict[str, Sample]] = {}
         self._tokens: dict[str, ClassTokens] = {}
-        self._skipped: dict[str, str] = {}
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Check what is asked for, and leave out of the data what need not be run."""
-        if not isinstance(pl_module, Inspection):
-            raise TypeError(f"LensScorer scores what Inspection runs, got {type(pl_module).__name__}")
-        data = getattr(trainer, "datamodule", None)
-        if not isinstance(data, ObjectDataModule):
-            raise TypeError("LensScorer needs pictures with masks of their objects: --data ObjectDataModule")
-        callbacks: list[Callback] = cast(Any, trainer).callbacks
-        if any(isinstance(other, Steerer) for other in callbacks):
-            raise ValueError(
-                "LensScorer: a Steerer beside it would steer the original, too; give its vectors to "
-                "--model.init_args.steering instead"
-            )
-        refuse_pieces(trainer, "LensScorer")
-        samples = data.samples("predict")
+    def options(self) -> dict[str, Any]:
+        """The scores depend on model and data alone."""
+        return {}
+
+    def wanted(self, samples: Sequence[Sample]) -> set[str]:
+        """One sample of each picture: others would be read the same."""
         self._pictures = _by_picture(samples)
-        done: set[str] = set()
-        if trainer.is_global_zero:
-            description = describe_inspection(trainer, pl_module)
-            done = self.journal.resume(description, set(self._pictures), trainer.world_size)
-        # Other samples of the same picture would be read the same.
-        done = trainer.strategy.broadcast(done) | {one.sample_id for one in samples} - self._pictures.keys()
-        # What another callback has still to see is run again.
-        first = next(other for other in callbacks if isinstance(getattr(other, "journal", None), Journal))
-        data.exclude_ids = frozenset(done if first is self else done & data.exclude_ids)
+        return set(self._pictures)
 
-    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Check the model and all objects, and prepare the folder.
+    def forget(self, ids: Iterable[str]) -> None:
+        """Remove the result of an earlier run."""
+        (self.out / _RESULT).unlink(missing_ok=True)
+
+    def prepare(self, trainer: L.Trainer, module: Inspection) -> None:
+        """Check all objects, and ask for the tokens that say a class.
 
         Raises:
-            ValueError: The model has no visual tokens, or none that says a class; an object is smaller than a patch; or
-                what steers the model does not fit.
+            ValueError: No token says a class, or an object is smaller than a patch.
         """
-        assert isinstance(pl_module, Inspection)
-        backbone, data = pl_module.backbone, _data(trainer)
-        if reason := backbone.structure.without_visual_tokens:
-            raise ValueError(f"{pl_module.model_id}: LensScorer has no visual tokens to decode: {reason}")
-        if STEERED in pl_module.variants:
-            warn_of_other_weights([step.file for step in pl_module.steering], backbone)
-            try_on_longest_prompt(trainer, pl_module, [pl_module.steerings])
+        backbone, data = module.backbone, _data(trainer)
         for objects in self._pictures.values():
             for sample in objects.values():
                 locate(sample, backbone)
@@ -112,17 +86,11 @@ class LensScorer(Callback):
         asked = sorted({token for tokens in self._tokens.values() for token in tokens.strict})
         if not asked:
             raise ValueError(
-                f"{pl_module.model_id}: no token begins the name of a class ({', '.join(data.names.categories[:5])}, "
+                f"{module.model_id}: no token begins the name of a class ({', '.join(data.names.categories[:5])}, "
                 "...), so that none can be decoded; take data with classes that the model has words for"
             )
         layers = tuple(site.name for site in backbone.sites(["lm.embed", "lm.block.*"]))
-        pl_module.lens = LensQuery(layers, top_k=1, tokens=tuple(asked), positions="image")
-        if trainer.is_global_zero:
-            description = {**describe_inspection(trainer, pl_module), **describe_weights(pl_module)}
-            if self.journal.begin(description):
-                (self.out / _RESULT).unlink(missing_ok=True)
-        trainer.strategy.barrier()
-        self._skipped = {}
+        module.lens = LensQuery(layers, top_k=1, tokens=tuple(asked), positions="image")
 
     def on_predict_batch_end(
         self,
@@ -135,7 +103,7 @@ class LensScorer(Callback):
     ) -> None:
         """Score the pictures of one batch."""
         assert isinstance(pl_module, Inspection)
-        self._skipped |= {item.sample_id: item.reason for item in batch.skipped}
+        self.skipped |= {item.sample_id: item.reason for item in batch.skipped}
         rows = [
             self._score(trainer, pl_module, outputs, sample, number)
             for number, sample in enumerate(batch.samples)
@@ -184,16 +152,8 @@ class LensScorer(Callback):
             "variants": variants,
         }
 
-    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the result."""
-        assert isinstance(pl_module, Inspection)
-        skipped = dict(gather(sorted(self._skipped.items())))
-        trainer.strategy.barrier()
-        if trainer.is_global_zero:
-            self._finish(trainer, pl_module, skipped)
-        trainer.strategy.barrier()
-
-    def _finish(self, trainer: L.Trainer, module: Inspection, skipped: dict[str, str]) -> None:
+    def finish(self, trainer: L.Trainer, module: Inspection, skipped: dict[str, str]) -> None:
+        """Write scores, table and figure."""
         rows = {i: row for i, row in self.journal.rows().items() if i in self._pictures}
         skipped = {i: reason for i, reason in skipped.items() if i in self._pictures}
         if missing := sorted(self._pictures.keys() - rows.keys() - skipped.keys()):

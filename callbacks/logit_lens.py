@@ -3,40 +3,33 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import lightning as L
 import numpy as np
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from ..datamodules.base import PictureDataModule
 from ..datamodules.images import read_image
 from ..datamodules.sample import Batch, Sample
 from ..lightning_modules import Answers, Inspection, VisionLanguageModel
 from ..lightning_modules.backbone import Role
 from ..lightning_modules.backbone.logit_lens import LensQuery
 from ..lightning_modules.backbone.patch_grid import PatchGrid
-from ..lightning_modules.inspection import STEERED
 from .parts.figures import tensorboard
-from .parts.journal import Journal
+from .parts.inspector import Inspector
 from .parts.lens_figure import confidence_figure
 from .parts.lens_page import LensPage, LensVariant, write_index, write_page
-from .parts.processes import gather, refuse_pieces
-from .parts.run_description import describe_inspection, describe_weights
-from .parts.steering_checks import try_on_longest_prompt, warn_of_other_weights
-from .steerer import Steerer
 
 _INDEX = "index.html"
 # Names of files that are as good as the ids that they stand for, on any file system.
 _PLAIN = re.compile(r"[a-z0-9][a-z0-9_.-]{0,79}")
 
 
-class LogitLens(Callback):
+class LogitLens(Inspector):
     """Writes a page for each picture of an `Inspection`, with all its variants, and an index of the pages.
 
     At every position the states of a layer are decoded as the last one's are: softmax(unembedding(norm(h))) (Towards
@@ -50,39 +43,29 @@ class LogitLens(Callback):
         overwrite: Begin anew, whatever is there.
     """
 
+    masks = False
+
     def __init__(self, out: str, top_k: int = 5, layers: list[str] | None = None, overwrite: bool = False) -> None:
         if top_k < 1:
             raise ValueError(f"LogitLens.top_k must be at least 1, got {top_k}")
-        self.out = Path(out)
+        super().__init__(out, overwrite)
         self.top_k = top_k
         self.layers = layers or ["lm.embed", "lm.block.*"]
-        self.journal = Journal(self.out, overwrite)
         self._text_of: Callable[[int], str] = str
-        self._skipped: dict[str, str] = {}
         self._told = False
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Check what is asked for, and leave out of the data what an interrupted run has done."""
-        if not isinstance(pl_module, Inspection):
-            raise TypeError(f"LogitLens looks into what Inspection runs, got {type(pl_module).__name__}")
-        if any(isinstance(other, Steerer) for other in cast(Any, trainer).callbacks):
-            raise ValueError(
-                "LogitLens: a Steerer beside it would steer the original, too; give its vectors to "
-                "--model.init_args.steering instead"
-            )
-        data = getattr(trainer, "datamodule", None)
-        if not isinstance(data, PictureDataModule):
-            raise TypeError("LogitLens needs a data module of pictures, such as --data PicturesDataModule")
-        refuse_pieces(trainer, "LogitLens")
-        done: set[str] = set()
-        if trainer.is_global_zero:
-            ids = {sample.sample_id for sample in data.samples("predict")}
-            done = self.journal.resume(self._describe(trainer, pl_module), ids, trainer.world_size)
-            done = {sample_id for sample_id in done if self._page(sample_id).is_file()}
-        data.exclude_ids = frozenset(trainer.strategy.broadcast(done))
+    def options(self) -> dict[str, Any]:
+        """What the pages depend on, besides model and data."""
+        return {"layers": self.layers, "top_k": self.top_k}
 
-    def _describe(self, trainer: L.Trainer, module: Inspection) -> dict[str, Any]:
-        return {**describe_inspection(trainer, module), "layers": self.layers, "top_k": self.top_k}
+    def is_kept(self, sample_id: str) -> bool:
+        """Whether the page of a sample is still there."""
+        return self._page(sample_id).is_file()
+
+    def forget(self, ids: Iterable[str]) -> None:
+        """Remove the pages of an earlier run."""
+        for sample_id in ids:
+            self._page(sample_id).unlink(missing_ok=True)
 
     def _page(self, sample_id: str) -> Path:
         """The page of a sample, whose id may be a path or anything else."""
@@ -92,32 +75,13 @@ class LogitLens(Callback):
             name = f"{readable}-{sha256(sample_id.encode(errors='surrogateescape')).hexdigest()[:10]}"
         return self.out / f"{name}.html"
 
-    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Check the model, try the steering on the first sample, and prepare the folder.
-
-        Raises:
-            ValueError: The model has no visual tokens, or what steers it does not fit.
-        """
-        assert isinstance(pl_module, Inspection)
-        backbone = pl_module.backbone
-        if reason := backbone.structure.without_visual_tokens:
-            raise ValueError(
-                f"{pl_module.model_id}: the logit lens has no visual tokens to decode: {reason}; choose a model whose "
-                "sequence holds them (`conceptshift architectures`)"
-            )
-        if STEERED in pl_module.variants:
-            warn_of_other_weights([step.file for step in pl_module.steering], backbone)
-            try_on_longest_prompt(trainer, pl_module, [pl_module.steerings])
-        pl_module.lens = LensQuery(tuple(site.name for site in backbone.sites(self.layers)), self.top_k)
-        if trainer.is_global_zero:
-            earlier = self.journal.rows()
-            if self.journal.begin({**self._describe(trainer, pl_module), **describe_weights(pl_module)}):
-                for sample_id in earlier:
-                    self._page(sample_id).unlink(missing_ok=True)
-        trainer.strategy.barrier()
+    def prepare(self, trainer: L.Trainer, module: Inspection) -> None:
+        """Ask for the layers."""
+        backbone = module.backbone
+        module.lens = LensQuery(tuple(site.name for site in backbone.sites(self.layers)), self.top_k)
         # Every token is decoded once, on however many pages it is.
         self._text_of = cache(lambda token: _decode(backbone, token))
-        self._skipped, self._told = {}, False
+        self._told = False
 
     def on_predict_batch_end(
         self,
@@ -130,7 +94,7 @@ class LogitLens(Callback):
     ) -> None:
         """Write the pages of one batch."""
         assert isinstance(pl_module, Inspection)
-        self._skipped |= {item.sample_id: item.reason for item in batch.skipped}
+        self.skipped |= {item.sample_id: item.reason for item in batch.skipped}
         for number, sample in enumerate(batch.samples):
             variants = [_variant(answers, number) for answers in outputs]
             entry = write_page(self._page(sample.sample_id), self._show(pl_module, sample, variants), self._text_of)
@@ -168,16 +132,8 @@ class LogitLens(Callback):
             self._told = True
         return None, reason
 
-    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def finish(self, trainer: L.Trainer, module: Inspection, skipped: dict[str, str]) -> None:
         """Write the index of all pages."""
-        assert isinstance(pl_module, Inspection)
-        skipped = dict(gather(sorted(self._skipped.items())))
-        trainer.strategy.barrier()
-        if trainer.is_global_zero:
-            self._finish(trainer, pl_module, skipped)
-        trainer.strategy.barrier()
-
-    def _finish(self, trainer: L.Trainer, module: Inspection, skipped: dict[str, str]) -> None:
         found = self.journal.rows()
         ids = [sample.sample_id for sample in trainer.datamodule.samples("predict")]  # type: ignore[attr-defined]
         rows = [found[sample_id] for sample_id in ids if sample_id in found]

@@ -249,7 +249,10 @@ def test_directions_are_projected_away_beside_two_controls(ablate: Run, shapes: 
     directions = {
         name: torch.randn(160, generator=torch.Generator().manual_seed(at)) for at, name in enumerate(classes)
     }
-    file = save_mean_token(tmp_path / "mean.safetensors", backbone, torch.zeros(160), directions)
+    # What all tokens have of a direction stays: without it they are those below.
+    mean = torch.randn(160, generator=torch.Generator().manual_seed(100))
+    file = save_mean_token(tmp_path / "mean.safetensors", backbone, mean, directions)
+    directions = {name: one - (one @ mean) / (mean @ mean) * mean for name, one in directions.items()}
     few = [f"--trainer.callbacks.directions={file}", "--trainer.callbacks.noise=false"]
     assert ablate(tmp_path / "out", *few, "--data.settings=[generative]", sets=["random:5"]).status == 0
     found = json.loads((tmp_path / "out" / "ablation.json").read_text())["variants"]["original"]
@@ -267,7 +270,11 @@ def test_directions_are_projected_away_beside_two_controls(ablate: Run, shapes: 
     inputs = backbone.encode([Image.open(sample.image).convert("RGB")], [sample.prompt])
     unit = directions[sample.object] / directions[sample.object].norm()
     projector = backbone.model.model.multi_modal_projector
-    handle = projector.register_forward_hook(lambda module, args, output: output - (output @ unit)[..., None] * unit)
+
+    def turned_round(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+        return output - 2 * (output @ unit).clamp(min=0)[..., None] * unit
+
+    handle = projector.register_forward_hook(turned_round)
     ids = backbone.model.generate(**inputs, max_new_tokens=16, do_sample=False)
     handle.remove()
     (text,) = backbone.tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -189,7 +189,7 @@ def test_an_interrupted_run_goes_on(lens: Run, shown: Shown) -> None:
     assert list(shown) == [NAMES[0], NAMES[2]]
     assert {name: page.read_text() for name, page in pages.items()} == contents
     assert Path("pages/index.html").read_text() == before
-    assert "pages: holds another run (`top_k` was 5, and is 2)" in lens("--top_k=2").error
+    assert "pages: holds another run (`--top_k` was 5, and is 2)" in lens("--top_k=2").error
     shown.clear()
     assert lens("--top_k=2", "--overwrite=true", "--limit=1").status == 0
     assert list(shown) == NAMES[:1]
@@ -242,7 +242,9 @@ def test_pictures_of_several_tiles_or_without_places(
     data = PicturesDataModule(str(images), PROMPT, batch_size=2)
     run = trainer(LogitLens(str(tmp_path / "pages"), top_k=2))
     if family == "mllama":
-        with pytest.raises(ValueError, match=r"mllama: the logit lens has no visual tokens .* cross-attention"):
+        with pytest.raises(
+            ValueError, match="mllama has no visual tokens for LogitLens to look at: .* cross-attention"
+        ):
             run.predict(Prepared(model), data, return_predictions=False)
         return
     run.predict(Prepared(model), data, return_predictions=False)

@@ -335,7 +335,7 @@ def test_what_cannot_be_scored_is_refused(score: Run, cli: Run, tiny: Path, shap
     other = ["--model=FeatureExtraction", "--model.sites=[lm.embed]", "--model.selectors=[image]"]
     given = arguments(tmp_path / "lens", shapes, model=tiny)
     chosen = [one for one in given if one != "--model=Inspection"]
-    assert "LensScorer scores what Inspection runs" in cli("predict", *other, *chosen).error
+    assert "LensScorer looks into what Inspection runs" in cli("predict", *other, *chosen).error
     captions = [one for one in given if "--data=" not in one and "settings" not in one and "split" not in one]
     assert "--data ObjectDataModule" in cli("predict", "--data=CaptionDataModule", *captions).error
 

@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import lightning as L
 import pyarrow as pa
 import pyarrow.parquet as pq
-from lightning.pytorch.callbacks import Callback
 
 from ...datamodules.files import write_json, write_whole
 from ...datamodules.object_names import ObjectNames
 from ...datamodules.objects import ObjectDataModule
 from ...datamodules.sample import Batch, Sample
 from ...lightning_modules import Answers, Inspection
-from ...lightning_modules.inspection import STEERED
-from ..steerer import Steerer
-from .journal import Journal
-from .processes import gather, refuse_pieces
-from .run_description import describe_inspection, describe_weights
-from .steering_checks import try_on_longest_prompt, warn_of_other_weights
+from .inspector import Inspector
 from .trials import UNALTERED, Asked, Found, Place, Trial, is_right, locate
 
 _UNSEEN = "the model sees nothing of the object, which lies where its picture is cropped"
 
 
-class ObjectMeter(Callback, ABC):
+class ObjectMeter(Inspector):
     """Base of the meters that ask an `Inspection` again about what each of its variants gets right.
 
     An interrupted run, started again, goes on where it stopped.
@@ -42,20 +35,16 @@ class ObjectMeter(Callback, ABC):
     result: ClassVar[str]
     """Name of the file with the result."""
 
+    masks = True
+
     def __init__(self, out: str, overwrite: bool) -> None:
-        self.out = Path(out)
-        self.journal = Journal(self.out, overwrite)
-        self._skipped: dict[str, str] = {}
+        super().__init__(out, overwrite)
         self._acting: set[str] = set()
 
     # --- what a meter does --------------------------------------------------------------------------------
 
     @abstractmethod
-    def options(self) -> dict[str, Any]:
-        """What its measurements depend on, besides model and data."""
-
-    @abstractmethod
-    def prepare(self, module: Inspection) -> None:
+    def check(self, module: Inspection) -> None:
         """Check against the loaded model what is to be done to it.
 
         Raises:
@@ -83,58 +72,22 @@ class ObjectMeter(Callback, ABC):
 
     # --- the run ------------------------------------------------------------------------------------------
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Check what is asked for, and leave out of the data what an interrupted run has done."""
-        name = type(self).__name__
-        if not isinstance(pl_module, Inspection):
-            raise TypeError(f"{name} asks what Inspection runs, got {type(pl_module).__name__}")
-        data = getattr(trainer, "datamodule", None)
-        if not isinstance(data, ObjectDataModule):
-            raise TypeError(f"{name} needs pictures with masks of their objects: --data ObjectDataModule")
-        callbacks: list[Callback] = cast(Any, trainer).callbacks
-        if any(isinstance(other, Steerer) for other in callbacks):
-            raise ValueError(
-                f"{name}: a Steerer beside it would steer the original, too; give its vectors to "
-                "--model.init_args.steering instead"
-            )
-        refuse_pieces(trainer, name)
-        done: set[str] = set()
-        if trainer.is_global_zero:
-            ids = {sample.sample_id for sample in data.samples("predict")}
-            done = self.journal.resume(self._describe(trainer, pl_module), ids, trainer.world_size)
-        done = trainer.strategy.broadcast(done)
-        # What another callback has still to see is run again.
-        first = next(other for other in callbacks if isinstance(getattr(other, "journal", None), Journal))
-        data.exclude_ids = frozenset(done if first is self else done & data.exclude_ids)
+    def forget(self, ids: Iterable[str]) -> None:
+        """Remove the result of an earlier run."""
+        (self.out / self.result).unlink(missing_ok=True)
 
-    def _describe(self, trainer: L.Trainer, module: Inspection) -> dict[str, Any]:
-        return {**describe_inspection(trainer, module), type(self).__name__: self.options()}
-
-    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Check the model and all objects, and prepare the folder.
+    def prepare(self, trainer: L.Trainer, module: Inspection) -> None:
+        """Check what is to be done, and all objects.
 
         Raises:
-            ValueError: The model has no visual tokens, what is to be done does not fit it, or an object is smaller than
-                a patch.
+            ValueError: What is to be done does not fit the model, or an object is smaller than a patch.
         """
-        assert isinstance(pl_module, Inspection)
-        backbone = pl_module.backbone
-        if reason := backbone.structure.without_visual_tokens:
-            raise ValueError(f"{pl_module.model_id}: {type(self).__name__} has no visual tokens to act on: {reason}")
-        self.prepare(pl_module)
-        if STEERED in pl_module.variants:
-            warn_of_other_weights([step.file for step in pl_module.steering], backbone)
-            try_on_longest_prompt(trainer, pl_module, [pl_module.steerings])
+        self.check(module)
         data = _data(trainer)
         for sample in data.samples("predict"):
             if sample.sample_id not in data.exclude_ids:
-                locate(sample, backbone)
-        if trainer.is_global_zero:
-            description = {**self._describe(trainer, pl_module), **describe_weights(pl_module)}
-            if self.journal.begin(description):
-                (self.out / self.result).unlink(missing_ok=True)
-        trainer.strategy.barrier()
-        self._skipped, self._acting = {}, set()
+                locate(sample, module.backbone)
+        self._acting = set()
 
     def on_predict_batch_end(
         self,
@@ -147,7 +100,7 @@ class ObjectMeter(Callback, ABC):
     ) -> None:
         """Ask again, as each variant, about the samples of a batch that it gets right."""
         assert isinstance(pl_module, Inspection)
-        self._skipped |= {item.sample_id: item.reason for item in batch.skipped}
+        self.skipped |= {item.sample_id: item.reason for item in batch.skipped}
         places = [locate(sample, pl_module.backbone) for sample in batch.samples]
         seen = [number for number, place in enumerate(places) if place.tokens.any()]
         trials: dict[str, list[Trial]] = {sample_id: [] for sample_id in batch.sample_ids}
@@ -193,27 +146,21 @@ class ObjectMeter(Callback, ABC):
                         trial = Trial(variant, name, count, text, is_right(sample, text, names))
                         trials[sample.sample_id].append(trial)
 
-    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the result."""
-        assert isinstance(pl_module, Inspection)
-        skipped = dict(gather(sorted(self._skipped.items())))
-        trainer.strategy.barrier()
-        if trainer.is_global_zero:
-            found = self._found(trainer, skipped)
-            write_whole(
-                self.out / "samples.parquet",
-                lambda path: pq.write_table(pa.Table.from_pylist(found.table()), path),
-            )
-            summary = {
-                "meter": type(self).__name__,
-                "model_id": pl_module.model_id,
-                **self.summarize(pl_module, found, _data(trainer).names),
-                "left_out": dict(found.left_out),
-                "skipped": dict(found.skipped),
-            }
-            write_json(self.out / self.result, summary)
-            self.show(trainer, summary)
-        trainer.strategy.barrier()
+    def finish(self, trainer: L.Trainer, module: Inspection, skipped: dict[str, str]) -> None:
+        """Write result, table and figures."""
+        found = self._found(trainer, skipped)
+        write_whole(
+            self.out / "samples.parquet", lambda path: pq.write_table(pa.Table.from_pylist(found.table()), path)
+        )
+        summary = {
+            "meter": type(self).__name__,
+            "model_id": module.model_id,
+            **self.summarize(module, found, _data(trainer).names),
+            "left_out": dict(found.left_out),
+            "skipped": dict(found.skipped),
+        }
+        write_json(self.out / self.result, summary)
+        self.show(trainer, summary)
 
     def _found(self, trainer: L.Trainer, skipped: dict[str, str]) -> Found:
         samples = {sample.sample_id: sample for sample in _data(trainer).samples("predict")}
