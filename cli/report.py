@@ -16,7 +16,7 @@ from .command import run_command
 from .report_concepts import dictionary_view
 from .report_dictionaries import Fitted, comparison_view, ordered
 from .report_files import read_json, read_texts
-from .report_inspection import SHAPES, Inspected, inspection_view
+from .report_inspection import SHAPES, Inspected, inspection_fault, inspection_view
 from .report_samples import answers_view, captions_view, color_parts
 from .report_scores import SCORES, facts_view, headline_view, scores_view
 from .report_shift import SHIFT, shift_view
@@ -205,6 +205,8 @@ def _inspected(folder: Path) -> list[Inspected]:
     for kind, shape in SHAPES.items():
         for path in sorted(folder.rglob(f"{kind}.json")):
             content = read_json(path, "variants", shape=shape) or {}
+            if fault := inspection_fault(content):
+                raise ValueError(f"{path}: {fault}; run what writes it again, or remove it")
             figures = {one.stem: _figure(one) for one in (path.parent / "figures").glob("*.png")}
             name = path.parent.relative_to(folder).as_posix() if path.parent != folder else folder.name
             found.append(Inspected(kind, name, content, figures))

@@ -9,6 +9,7 @@ from typing import Any
 from .report_files import ANY, COUNT, NUMBER, PAIR, TEXT, Shape
 from .report_values import VARIANT_NAMES, Json, chance, fixed, get, interval, scaled
 
+_KINDS = ("strict", "lenient", "any", "background")
 _SHARE: dict[str, Any] = {"interval": PAIR}
 _VALUE: dict[str, Any] = {"value": NUMBER, **_SHARE}
 _LAYERS: list[Any] = [{"share": NUMBER, **_SHARE}]
@@ -18,7 +19,7 @@ LENS: Shape = {
     "variants!": {
         ANY: {
             **dict.fromkeys(("pictures!", "objects!"), COUNT),
-            **dict.fromkeys(("strict!", "lenient!", "any!", "background!"), _LAYERS),
+            **dict.fromkeys((f"{kind}!" for kind in _KINDS), _LAYERS),
             "best!": {"layer!": TEXT, "share": NUMBER, **_SHARE},
             "peak_layer": {"layer": NUMBER, **_SHARE},
             "segmentation": {ANY: {"mean": NUMBER, **_SHARE}},
@@ -93,6 +94,18 @@ KNOCKOUT: Shape = {
     "left_out": {ANY: TEXT},
     "skipped": {ANY: TEXT},
 }
+
+
+def inspection_fault(content: Json) -> str:
+    """What a file of its shape still lacks; empty if nothing."""
+    for variant, found in content["variants"].items():
+        for kind in _KINDS if "layers" in content else ():
+            if len(found[kind]) != len(content["layers"]):
+                return f"{kind!r} of {variant!r} has {len(found[kind])} values for {len(content['layers'])} layers"
+        for row in found.get("rows", ()):
+            if not row.get("blocks", [0]):
+                return f"'blocks' of {row['knockout']!r} are none"
+    return ""
 
 
 @dataclass(frozen=True)
@@ -190,9 +203,6 @@ def _lens(content: Json) -> Json:
         ],
         "published": content.get("published") or {},
     }
-
-
-_KINDS = ("strict", "lenient", "any", "background")
 
 
 def _lens_measures(found: Json, layers: int) -> list[tuple[str, Json | None, str]]:

@@ -243,7 +243,7 @@ def test_pictures_of_several_tiles_or_without_places(
     run = trainer(LogitLens(str(tmp_path / "pages"), top_k=2))
     if family == "mllama":
         with pytest.raises(
-            ValueError, match="mllama has no visual tokens for LogitLens to look at: .* cross-attention"
+            ValueError, match=r"mllama has no visual tokens for LogitLens to look at: .* cross-attention"
         ):
             run.predict(Prepared(model), data, return_predictions=False)
         return
