@@ -34,8 +34,8 @@ class LensScorer(Inspector):
     - The share of an object's patches (covered by it to at least half) whose most probable token says its class, in its
       own name (`strict`) or by a synonym (`lenient`), as a mean over objects. Beside it the share of objects with at
       least one such patch (`any`), the layer at which most patches do (`peak_layer`, counted from 0 for what enters the
-      language model), and the share of patches without any object that say any class (`background`). (Towards
-      Interpreting Visual Information Processing in Vision-Language Models, arXiv 2410.07149, §4.)
+      language model), and, for comparison, the share of patches without any object that say that class (`background`).
+      (Towards Interpreting Visual Information Processing in Vision-Language Models, arXiv 2410.07149, §4.)
     - The confidence of a class is the largest probability of its name over layers and visual tokens: how well it tells
       classes that are there from those that are not (`presence`), and, in captions (setting `generative`), named ones
       that are there from hallucinated ones (`confidence`). The largest over layers at each patch is a map of the object

@@ -272,8 +272,8 @@ def test_directions_are_projected_away_beside_two_controls(ablate: Run, shapes: 
     projector = backbone.model.model.multi_modal_projector
 
     def turned_round(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
-        along: torch.Tensor = (output @ unit).clamp(min=0)[..., None]
-        return output - 2 * along * unit
+        changed: torch.Tensor = output - 2 * (output @ unit).clamp(min=0)[..., None] * unit
+        return changed
 
     handle = projector.register_forward_hook(turned_round)
     ids = backbone.model.generate(**inputs, max_new_tokens=16, do_sample=False)

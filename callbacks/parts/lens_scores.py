@@ -57,8 +57,8 @@ def score_picture(
         probabilities: Of the W tokens [L, P, W].
 
     Returns:
-        "objects": class → "patches", "strict" and "lenient" (L counts), and `Segmentation` where there is one;
-        "background": number of patches outside of all objects, and L counts of those that decode to any class;
+        "objects": class → "patches", "strict" and "lenient" (L counts), "background" (L counts of patches outside of
+        all objects that say it), and `Segmentation` where there is one; "outside": number of patches there;
         "confidence": class → largest probability of its strict tokens over layers and visual tokens.
     """
     top = top_ids.numpy()
@@ -69,7 +69,6 @@ def score_picture(
         for name, one in tokens.items()
         if one.strict
     }
-    names = frozenset[int]().union(*(one.lenient for one in tokens.values()))
     objects = {}
     for name, place in places.items():
         inside = (coverage(place.grid, place.mask) >= _COVERED).numpy()
@@ -80,11 +79,12 @@ def score_picture(
             "patches": int(inside.sum()),
             "strict": decoded(top, tokens[name].strict, inside),
             "lenient": decoded(top, tokens[name].lenient, inside),
+            "background": decoded(top, tokens[name].strict, outside.numpy()),
             "segmentation": None if found is None else list(found),
         }
     return {
         "objects": objects,
-        "background": {"patches": int(outside.sum()), "decoded": decoded(top, names, outside.numpy())},
+        "outside": int(outside.sum()),
         "confidence": {name: float(values.max()) for name, values in of_class.items()},
     }
 
@@ -122,7 +122,7 @@ def summarize_lens(rows: Mapping[str, Row], variant: str, layers: Sequence[str])
         [[name in there[i] for name in names] for i, names in told.items()],
     )
     measures = {
-        **_share_measures(objects, [found["background"] for found in of_variant.values()], len(layers)),
+        **_share_measures(objects, [found["outside"] for found in of_variant.values()], len(layers)),
         **{f"presence/{name}": measure for name, measure in present.items()},
         **{f"confidence/{name}": measure for name, measure in right.items()},
     }
@@ -180,26 +180,24 @@ def object_rows(rows: Mapping[str, Row], pictures: Mapping[str, Mapping[str, Sam
     ]
 
 
-def _share_measures(objects: Sequence[Sequence[Row]], backgrounds: Sequence[Row], layers: int) -> dict[str, Measure]:
-    """What is averaged over objects, or over patches, each as a measure over pictures."""
-    values = [[_values(one, layers) for one in of_picture] for of_picture in objects]
+def _share_measures(objects: Sequence[Sequence[Row]], outside: Sequence[int], layers: int) -> dict[str, Measure]:
+    """What is averaged over objects, each as a measure over pictures."""
+    values = [[_values(one, around, layers) for one in found] for found, around in zip(objects, outside, strict=True)]
     names = next(of_picture[0] for of_picture in values if of_picture)
     measures = {}
     for name in names:
         known = [[one[name] for one in of_picture if one[name] is not None] for of_picture in values]
         measures[name] = Measure(np.array([[sum(found), len(found)] for found in known], dtype=np.float64), ratio)
-    for layer in range(layers):
-        counts = [[found["decoded"][layer], found["patches"]] for found in backgrounds]
-        measures[f"background/{layer}"] = Measure(np.array(counts, dtype=np.float64), ratio)
     return measures
 
 
-def _values(one: Row, layers: int) -> Row:
+def _values(one: Row, outside: int, layers: int) -> Row:
     """What is averaged of one object; nothing where it does not count."""
+    patches = {"strict": one["patches"], "lenient": one["patches"], "background": outside}
     return {
         **{
-            f"{kind}/{layer}": one[kind][layer] / one["patches"]
-            for kind in ("strict", "lenient")
+            f"{kind}/{layer}": one[kind][layer] / count if count else None
+            for kind, count in patches.items()
             for layer in range(layers)
         },
         **{f"any/{layer}": float(one["strict"][layer] > 0) for layer in range(layers)},
