@@ -17,6 +17,7 @@ from ..datamodules.files import write_json
 from ..datamodules.shapes import write_shapes
 from . import lightning_cli
 from .command import run_command
+from .mean_token import mean_token
 from .report import write_report
 
 T = TypeVar("T")
@@ -34,12 +35,12 @@ _VERSIONS = (
 )
 _TARGET_ANSWER = "no"
 _SCORERS = ("conceptshift.callbacks.CaptionScorer", "conceptshift.callbacks.VQAScorer")
-# Questions of each run of the sweep.
-_SWEPT = 400
+# Questions of each run of the sweep, and pictures that are looked into.
+_SWEPT, _INSPECTED = 400, 16
 
 
 def demo(out: str = "checkpoints/demo", images: int = 4000) -> None:
-    """Fine-tune, extract, learn concepts, measure their shift, steer, score, report; on a CPU in a few minutes.
+    """Fine-tune, extract, learn concepts, measure shift, steer, look inside, score, report; on a CPU in minutes.
 
     Args:
         out: Folder of the run; data, configurations, adapter, features, TensorBoard logs, results, report.
@@ -52,6 +53,7 @@ def demo(out: str = "checkpoints/demo", images: int = 4000) -> None:
     job.stage("extract, concepts, shift", lambda: job.run("predict", "shift"))
     job.stage("steering vectors", lambda: job.make_vectors(images))
     job.stage("sweeps", lambda: job.sweep(images))
+    job.stage("look inside pictures", lambda: job.look_inside(images))
     job.stage("score destination", job.score_destination)
     job.stage("score steered", job.score_steered)
     results = job.out / "results.json"
@@ -77,7 +79,14 @@ class _Demo:
         self.seconds[name] = round(time.perf_counter() - start, 1)
         return done
 
-    def run(self, subcommand: str, *configs: str, options: Sequence[str] = (), answers: str | None = None) -> None:
+    def run(
+        self,
+        subcommand: str,
+        *configs: str,
+        options: Sequence[str] = (),
+        answers: str | None = None,
+        leave_out: str | None = None,
+    ) -> None:
         """Run shipped configurations with their paths moved into this run's folder.
 
         The moved copies stay in `configs/`, so that each step can be run again by hand.
@@ -87,14 +96,17 @@ class _Demo:
             configs: Names of the configurations.
             options: More options of the command line.
             answers: Name of the file that captions or answers are written to.
+            leave_out: How the items of lists begin that are left out.
         """
-        paths = [self._moved(config, answers) for config in configs]
+        paths = [self._moved(config, answers, leave_out) for config in configs]
         given = [subcommand, *(part for path in paths for part in ("--config", str(path))), *options]
         print("conceptshift", *given)
         lightning_cli.run(given)
 
-    def _moved(self, config: str, answers: str | None) -> Path:
+    def _moved(self, config: str, answers: str | None, leave_out: str | None) -> Path:
         content = self._in_run(yaml.safe_load((PACKAGE / "configs" / f"{config}.yaml").read_text()))
+        if leave_out is not None:
+            content = _without(content, leave_out)
         if answers is not None:
             (scorer,) = (one for one in content["trainer"]["callbacks"] if one["class_path"] in _SCORERS)
             scorer["init_args"]["out"] = str(self.out / f"{answers}.json")
@@ -135,6 +147,24 @@ class _Demo:
         self.run("sweep", "sweep_caption")
         self.run("sweep", "sweep_back")
 
+    # --- inside pictures ------------------------------------------------------------------------------------
+
+    def look_inside(self, images: int) -> None:
+        """What visual tokens decode to, and which of them answers come from."""
+        data = self.out / "data"
+        mean_token(
+            str(PACKAGE / "checkpoints" / "shapes-llava"),
+            str(data / "train2014"),
+            str(self.out / "visual_tokens" / "mean.safetensors"),
+            annotations=str(data / "annotations" / "instances_train2014.json"),
+            limit=500,
+            batch_size=64,
+        )
+        self.run("predict", "logit_lens")
+        self.run("predict", "lens_scores", options=_limit(200, images // 10))
+        # Gradients would take longer than all the rest.
+        self.run("predict", "visual_tokens", options=_limit(_INSPECTED, images), leave_out="gradients:")
+
     # --- scoring --------------------------------------------------------------------------------------------
 
     def score_original(self) -> None:
@@ -174,6 +204,7 @@ class _Demo:
             "vqa": {name: self._answers(name) for name in ("original", "steered")},
             "concepts": {name: self._concepts(name) for name in ("semi_nmf", "kmeans")},
             "shift": self._shift("kmeans"),
+            "visual_tokens": self._visual_tokens(),
             "model": "shapes-llava, fine-tuned by LoRA on captions that name a color",
             "data": "Shapes, generated",
             "seconds": self.seconds,
@@ -194,6 +225,19 @@ class _Demo:
         fitted = _read(self.out / "concepts" / f"original-{name}" / "concepts.json")
         return {measure: fitted[measure] for measure in ("k", "explained_variance", "overlap", "words")}
 
+    def _visual_tokens(self) -> dict[str, Any]:
+        """How many patches say their object, and what is lost without them."""
+        lens = _read(self.out / "lens_scores" / "lens" / "lens.json")
+        found = lens["variants"]["original"]
+        ablation = _read(self.out / "visual_tokens" / "ablation" / "ablation.json")["variants"]["original"]
+        (described,) = (row for row in ablation["rows"] if (row["setting"], row["set"]) == ("generative", "object"))
+        return {
+            "say_their_object": found["best"]["share"],
+            "say_it_elsewhere": found["background"][lens["layers"].index(found["best"]["layer"])]["share"],
+            "wrong_without_object": described["became_wrong"],
+            "wrong_without_random": described["control"]["became_wrong"],
+        }
+
     def _shift(self, name: str) -> dict[str, float]:
         shift = _read(self.out / "shift" / name / "shift.json")
         means = {
@@ -201,6 +245,15 @@ class _Demo:
         }
         gain, tested = shift["means"]["delta_cosine"], shift["tests"]["magnitude"]
         return {**means, "matched_cosine_gain": gain, "shifted_concepts": tested["significant"]}
+
+
+def _without(value: Any, start: str) -> Any:
+    """A configuration without the items of lists that begin so."""
+    if isinstance(value, dict):
+        return {name: _without(part, start) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_without(part, start) for part in value if not (isinstance(part, str) and part.startswith(start))]
+    return value
 
 
 def _limit(most: int, available: int) -> tuple[str, ...]:

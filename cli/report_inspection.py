@@ -277,7 +277,6 @@ def _set_cell(row: Json | None) -> Json:
     return {
         "own": _cell(row, "became_wrong", 100, 1),
         "control": _cell(get(row, "control"), "became_wrong", 100, 1),
-        "p": None if p is None else chance(p),
         "more": bool(p is not None and p <= 0.05 and get(row, "difference", "value") > 0),
     }
 

@@ -59,6 +59,9 @@ def test_results_have_the_promised_form(results: dict[str, Any]) -> None:
     assert set(results["shift"]) == {
         "recovery_original", "recovery_shifted", "consistency", "matched_cosine_gain", "shifted_concepts",
     }  # fmt: skip
+    assert set(results["visual_tokens"]) == {
+        "say_their_object", "say_it_elsewhere", "wrong_without_object", "wrong_without_random",
+    }  # fmt: skip
     assert all(math.isfinite(number) for number in _numbers(results))
     assert results["versions"]["conceptshift"]
 
@@ -98,6 +101,18 @@ def test_sweeps_have_every_run_beside_its_controls(folder: Path) -> None:
         assert change["difference"] > 0, name
         random = [run for run in sweep["runs"] if run["name"] == f"{best['name']}, random 0"]
         assert [change["difference"] > run["changes"]["target"]["difference"] for run in random] == [True]
+
+
+def test_objects_are_in_their_visual_tokens(folder: Path, results: dict[str, Any]) -> None:
+    found = results["visual_tokens"]
+    assert found["say_their_object"] > 5 * found["say_it_elsewhere"]
+    assert found["wrong_without_object"] > found["wrong_without_random"] + 0.3
+    knockout = json.loads((folder / "visual_tokens/knockout/knockout.json").read_text())["variants"]["original"]
+    accuracy = {(row["setting"], row["knockout"]): row["relative_accuracy"] for row in knockout["rows"]}
+    assert accuracy["generative", "object+1 -> answer @ all"] < 0.5 < accuracy["generative", "image -> last_row @ all"]
+    pages = list((folder / "logit_lens").glob("*.html"))
+    assert len(pages) == 1 + 20
+    assert all(b"destination" in page.read_bytes() for page in pages)
 
 
 def test_tensorboard_shows_losses_scores_concepts_and_their_shift(folder: Path) -> None:
