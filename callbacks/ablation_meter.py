@@ -30,13 +30,7 @@ from .parts.trial_figures import ablation_figure, ablation_table, show_figures
 from .parts.trials import Asked, Found, Place
 
 _COUNTS = (5, 10, 20, 40, 60, 100, 250)
-_SETS = [
-    "object",
-    "object+1",
-    "object+2",
-    "registers",
-    *(f"{kind}:{count}" for kind in ("gradients", "random") for count in _COUNTS),
-]
+_SETS = ["object", "object+1", "object+2", "registers"]
 
 
 class AblationMeter(ObjectMeter):
@@ -59,10 +53,10 @@ class AblationMeter(ObjectMeter):
         out: Folder to write to.
         sets: What to replace: `object` (the tokens whose patch overlaps it), `object+K` (with K rings of neighbours),
             `image-object`, `image`, `last_row`, `registers` (unusually long tokens), `random:N`, `gradients:N` (those
-            of highest attribution by integrated gradients). By default all that are published: object with up to 2
-            rings, registers, and 5 to 250 by gradients and at random.
+            of highest attribution by integrated gradients, which need a `reference`). By default all that are
+            published: object with up to 2 rings, registers, and 5 to 250 at random and, with a reference, by gradients.
         reference: File of `conceptshift mean-token`, whose mean token takes their place, and is the baseline of the
-            gradients; by default zero does.
+            gradients; by default zero takes it.
         steps: Steps of the integrated gradients.
         noise: Whether to ask about noise at the object's place, too.
         directions: File of `conceptshift mean-token --annotations` with directions of classes, at any site.
@@ -86,7 +80,16 @@ class AblationMeter(ObjectMeter):
         super().__init__(out, overwrite)
         if steps < 1:
             raise ValueError(f"AblationMeter.steps must be at least 1, got {steps}")
-        self.sets = [TokenSet.parse(name) for name in (sets if sets is not None else _SETS)]
+        if sets is None:
+            kinds = ["random"] if reference is None else ["gradients", "random"]
+            sets = [*_SETS, *(f"{kind}:{count}" for kind in kinds for count in _COUNTS)]
+        self.sets = [TokenSet.parse(name) for name in sets]
+        if reference is None and (wanting := [one.name for one in self.sets if one.kind == "gradients"]):
+            # A norm makes all of zero: along the way from there the gradients say nothing.
+            raise ValueError(
+                f"AblationMeter.sets: {wanting[0]!r} needs a token from which the gradients begin; give `reference`, a "
+                "file of `conceptshift mean-token`"
+            )
         self.reference = reference
         self.steps = steps
         self.noise = noise
@@ -168,7 +171,8 @@ class AblationMeter(ObjectMeter):
         key = torch.cat(chosen).numpy().tobytes()
         if key not in said:
             mask = asked.positions(token_set, chosen)
-            said[key] = asked.answer(name, [Steering("projector", self._token, positions=mask, mode="replace")])
+            steering = Steering("projector", self._token, positions=mask, mode="replace")
+            said[key] = asked.answer(name, [steering], control=name != token_set.name)
         yield name, counts, said[key]
 
     def _attributions(self, asked: Asked, names: ObjectNames) -> list[Tensor]:
@@ -208,7 +212,7 @@ class AblationMeter(ObjectMeter):
             if any(tokens.any() for tokens in having):
                 mask = asked.positions(TokenSet.parse("image"), having)
                 steering = Steering(site.name, torch.stack(vectors), self.strength, mask, mode="project_away")
-                yield name, [int(tokens.sum()) for tokens in having], asked.answer(name, [steering])
+                yield name, [int(tokens.sum()) for tokens in having], asked.answer(name, [steering], name != AWAY)
 
     def summarize(self, module: Inspection, found: Found, names: ObjectNames) -> dict[str, Any]:
         """Shares of answers that become wrong, with intervals, controls, and what is published."""
@@ -260,9 +264,11 @@ def telling(sample: Sample, words: list[Word], names: ObjectNames) -> int:
         names: How texts name objects.
     """
     if sample.setting == "generative":
-        for count, word in enumerate(words, 1):
-            if sample.object in names.named(" ".join(one.text for one in words[:count])):
-                return word.first
+        text = " ".join(word.text for word in words)
+        ends = np.cumsum([len(word.text) + 1 for word in words])
+        for category, last in names.mentions(text):
+            if category == sample.object:
+                return words[int(np.searchsorted(ends, last, side="right"))].first
     return words[0].first if words else 0
 
 

@@ -46,8 +46,8 @@ class KnockoutMeter(ObjectMeter):
             that position; and, as targets, `answer`, it and all that are generated. Windows are `early`, `early-mid`,
             `mid`, `mid-late`, `late` and `all`, scaled to the model's depth, or numbers of blocks such as `3-7`. By
             default what is published: the object, it with up to 2 rings, and the picture without these to the last
-            position, and the picture to its last row, in every window; and the object to the whole answer, for
-            descriptions, which name it later than at that position.
+            position, and the picture to its last row, in every window that can matter; and the object to the whole
+            answer, for descriptions, which name it later than at that position.
         overwrite: Begin anew, whatever is there.
     """
 
@@ -55,7 +55,9 @@ class KnockoutMeter(ObjectMeter):
 
     def __init__(self, out: str, knockouts: list[str] | None = None, overwrite: bool = False) -> None:
         super().__init__(out, overwrite)
+        self.by_default = knockouts is None
         names = [f"{sides} @ {window}" for sides in _SIDES for window in _WINDOWS] if knockouts is None else knockouts
+        self.names = names
         if not names:
             raise ValueError("KnockoutMeter.knockouts: expected at least one, such as 'object+1 -> last @ mid-late'")
         self.knockouts = {name: KnockoutName.parse(name) for name in names}
@@ -69,12 +71,28 @@ class KnockoutMeter(ObjectMeter):
 
     def options(self) -> dict[str, Any]:
         """What its measurements depend on, besides model and data."""
-        return {"knockouts": list(self.knockouts)}
+        return {"knockouts": self.names}
 
     def check(self, module: Inspection) -> None:
-        """Check that the model has the blocks, and that they have attention that can be knocked out."""
+        """Check that the model has the blocks, that they have attention that can be knocked out, and somebody to tell.
+
+        Raises:
+            ValueError: They have not, or a knockout can change no logit of an answer.
+        """
         backbone = module.backbone
         count = len(backbone.structure.blocks)
+        # What the last block tells positions before the answer, nothing reads any more.
+        mute = [
+            name
+            for name, knockout in self.knockouts.items()
+            if list(knockout.blocks(count)) == [count - 1] and knockout.targets not in ("last", "answer")
+        ]
+        if mute and not self.by_default:
+            raise ValueError(
+                f"knockout {mute[0]!r} changes no logit of an answer: its targets are read by no block after the last; "
+                "name an earlier block too"
+            )
+        self.knockouts = {name: one for name, one in self.knockouts.items() if name not in mute}
         blocks = sorted({number for knockout in self.knockouts.values() for number in knockout.blocks(count)})
         for site in backbone.sites([f"lm.block.{number}" for number in blocks]):
             self_attention(site)

@@ -23,7 +23,7 @@ from .parts.inspector import Inspector
 from .parts.lens_score_figure import lens_score_figure, log_lens_scores
 from .parts.lens_scores import Row, background, left_out, object_rows, score_picture, summarize_lens
 from .parts.trial_figures import show_figures
-from .parts.trials import locate
+from .parts.trials import check_objects, locate
 
 _RESULT = "lens.json"
 
@@ -79,9 +79,10 @@ class LensScorer(Inspector):
             ValueError: No token says a class, or an object is smaller than a patch.
         """
         backbone, data = module.backbone, _data(trainer)
-        for objects in self._pictures.values():
-            for sample in objects.values():
-                locate(sample, backbone)
+        samples = [
+            sample for i, objects in self._pictures.items() if i not in data.exclude_ids for sample in objects.values()
+        ]
+        check_objects(samples, backbone)
         self._tokens = class_tokens(backbone, data.names)
         asked = sorted({token for tokens in self._tokens.values() for token in tokens.strict})
         if not asked:
@@ -140,7 +141,7 @@ class LensScorer(Inspector):
                     self._tokens,
                     module.lens.tokens,
                     reading.top_ids[:, here, 0],
-                    reading.token_probabilities[:, here],
+                    reading.token_probabilities[here],
                 ),
             }
         there = {one.category for one in sample.instances}

@@ -45,7 +45,8 @@ def lens(
         out: Folder for the pages.
         prompt: What is asked about each picture.
         destination: Adapters or whole models to compare: `--destination A`, and `--destination+ B` for each more.
-        steering: Steers the original, which is then there once more: `--steering.file FILE --steering.alpha 2`.
+        steering: Steers the original, which is then there once more: `--steering.file FILE --steering.site
+            lm.block.5 --steering.alpha 2`.
         top_k: Tokens of highest probability to show for each layer and position.
         layers: Layers to decode, such as `lm.block.*` or `[lm.embed,lm.block.3]`; all by default.
         limit: At most this many pictures, the first ones.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import yaml
@@ -92,7 +92,9 @@ _OTHER_THINGS = """home plate, train track, train station, bus stop, bus station
     baseball game, baseball cap, baseball uniform, baseball diamond, football field, football game, basketball court,
     book shelf, book case, book bag, table cloth, table top, boat house, boat dock, bike rack, bike path, bike lane,
     ski lift, ski slope, ski resort, ski lodge, ski pole, pizza box, pizza cutter, pizza pan, bottle opener, chair lift,
-    cup holder, knife block, power plant, phone booth, driver side"""
+    cup holder, knife block, power plant, phone booth, driver side, oven mitt, at bat, baseball player, baseball team,
+    baseball stadium, football player, football team, football stadium, basketball player,
+    basketball team, basketball game"""
 
 # The young and the grown of these are no persons.
 _ANIMALS = frozenset("bird cat dog horse sheep cow elephant bear zebra giraffe".split())
@@ -186,17 +188,20 @@ class ObjectNames:
 
     def named(self, text: str) -> list[str]:
         """The classes that a text names, in the order of their first mention."""
-        words = _WORD.findall(text.lower())
-        found: dict[str, None] = {}
+        return list(dict.fromkeys(category for category, _ in self.mentions(text)))
+
+    def mentions(self, text: str) -> Iterator[tuple[str, int]]:
+        """Every mention of a class in a text, in order: the class, and the index of the mention's last character."""
+        found = list(_WORD.finditer(text.lower()))
+        words = [word.group() for word in found]
         at = 0
         while at < len(words):
             lengths = range(min(self._longest, len(words) - at), 0, -1)
             length = next((length for length in lengths if tuple(words[at : at + length]) in self._phrases), 0)
             category = self._phrases.get(tuple(words[at : at + length]))
-            if category is not None:
-                found[category] = None
             at += max(length, 1)
-        return list(found)
+            if category is not None:
+                yield category, found[at - 1].end() - 1
 
     def words(self, category: str) -> tuple[str, ...]:
         """All ways to say a class, in lower case: itself, its plural, then its synonyms, each with its plural."""

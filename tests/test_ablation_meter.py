@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,15 +16,19 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conceptshift.callbacks import AblationMeter
-from conceptshift.callbacks.ablation_meter import noised, telling
+from conceptshift.callbacks.ablation_meter import _absent, noised, telling
 from conceptshift.callbacks.parts.trial_scores import Pictures, compared
-from conceptshift.callbacks.parts.trials import Place, is_right, locate
+from conceptshift.callbacks.parts.trials import Asked, Place, check_objects, is_right, locate
 from conceptshift.concepts import MeanToken
 from conceptshift.datamodules.object_names import ObjectNames
 from conceptshift.datamodules.objects import ObjectDataModule
-from conceptshift.datamodules.sample import Instance, Sample
-from conceptshift.lightning_modules import VisionLanguageModel
+from conceptshift.datamodules.sample import Batch, Instance, Sample
+from conceptshift.lightning_modules import Answers, Inspection, VisionLanguageModel
+from conceptshift.lightning_modules.backbone import Steering
+from conceptshift.lightning_modules.backbone.attribution import integrated_gradients
+from conceptshift.lightning_modules.backbone.knockout_names import TokenSet
 from conceptshift.lightning_modules.backbone.patch_grid import PatchGrid
+from conceptshift.lightning_modules.backbone.prompts import append_answers
 from conceptshift.lightning_modules.backbone.token_map import Word
 from conceptshift.metrics import bootstrap, published_ablation
 from PIL import Image
@@ -39,8 +45,15 @@ POLLED = replace(TOLD, setting="polling")
 ASKED = replace(TOLD, setting="vqa", answers=("red",) * 2 + ("crimson",) * 8)
 
 
+@pytest.fixture(scope="module")
+def zero(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A mean token of nothing."""
+    backbone = VisionLanguageModel.load(str(TRAINED))
+    return save_mean_token(tmp_path_factory.mktemp("reference") / "zero.safetensors", backbone, torch.zeros(160))
+
+
 @pytest.fixture
-def ablate(cli: Run, shapes: Path) -> Run:
+def ablate(cli: Run, shapes: Path, zero: Path) -> Run:
     """Run the meter on a few pictures of Shapes: `ablate(out, *more, sets=[…], limit=…)`."""
 
     def run(out: Path, *more: object, sets: Sequence[str] = SETS, limit: int = 3, least_area: float = 0.02) -> Any:
@@ -62,6 +75,7 @@ def ablate(cli: Run, shapes: Path) -> Run:
             f"--trainer.callbacks.out={out}",
             f"--trainer.callbacks.sets={json.dumps(list(sets))}",
             "--trainer.callbacks.steps=4",
+            f"--trainer.callbacks.reference={zero}",
             *more,
         )
 
@@ -162,9 +176,11 @@ def test_an_object_smaller_than_a_patch_is_told(backbone: VisionLanguageModel) -
     with pytest.raises(
         ValueError, match=r"sample '1': its 'dog' has 49 pixels, less than a patch of 64; .*least_area 0"
     ):
-        locate(replace(TOLD, instances=instances), backbone)
+        check_objects([replace(TOLD, instances=instances)], backbone)
+    with pytest.raises(ValueError, match=r"49 pixels.*and so have 2 others; .*least_area 0.016"):
+        check_objects([replace(TOLD, instances=instances)] * 3, backbone)
     with pytest.raises(ValueError, match=r"sample '1': the mask of no 'arrow' is known.*ObjectDataModule"):
-        locate(replace(TOLD, instances=instances, object="arrow"), backbone)
+        check_objects([replace(TOLD, instances=instances, object="arrow")], backbone)
 
 
 def test_the_object_vanishes_with_its_tokens_and_not_with_others(ablate: Run, shapes: Path, tmp_path: Path) -> None:
@@ -282,12 +298,155 @@ def test_directions_are_projected_away_beside_two_controls(ablate: Run, shapes: 
     assert text.strip() == rows[i, "own direction"]
 
 
+# --- parts of a run, on the tiny model ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def module(tiny: Path) -> Inspection:
+    """What runs the tiny model."""
+    loaded = Inspection(str(tiny), max_new_tokens=8)
+    loaded.configure_model()
+    return loaded
+
+
+def sample_of(
+    folder: Path, number: int, box: tuple[int, int, int, int], name: str = "dog", size: tuple[int, int] = (64, 64)
+) -> Sample:
+    """Sample `number` of a picture of noise [width, height], in which an object fills a box (x, y, x, y)."""
+    noise = np.random.default_rng(number).integers(256, size=(*size[::-1], 3), dtype=np.uint8)
+    Image.fromarray(noise).save(folder / f"{number}.png")
+    mask = np.zeros(size[::-1], dtype=np.uint8)
+    mask[box[1] : box[3], box[0] : box[2]] = 1
+    instances = (Instance(name, coco_mask.encode(np.asfortranarray(mask))),)
+    image = folder / f"{number}.png"
+    return Sample(str(number), image, "What is this?", "", instances=instances, object=name, setting="generative")
+
+
+def asked_about(module: Inspection, samples: Sequence[Sample]) -> Asked:
+    """Samples ready to be asked again, whatever was answered."""
+    return Asked(module, samples, [locate(sample, module.backbone) for sample in samples], set())
+
+
+def test_chance_is_of_each_sample(module: Inspection, tmp_path: Path) -> None:
+    """Random sets of one size are other tokens in another sample, and so is noise; the same again in the same one."""
+    samples = [sample_of(tmp_path, number, (8, 8, 24, 24)) for number in range(2)]
+    asked = asked_about(module, samples)
+    objects = [place.tokens for place in asked.places]
+    for draw in (lambda: asked.choose_as_many(objects), lambda: asked.choose(TokenSet.parse("random:4"))):
+        first, second = draw()
+        assert first.sum() == second.sum() == 4
+        assert not torch.equal(first, second)
+        assert all(map(torch.equal, draw(), (first, second)))
+    one, other, again = (
+        np.asarray(noised(samples[number], asked.places[0], asked.pictures[0])) for number in (0, 1, 0)
+    )
+    assert (one != other).any()
+    assert (one == again).all()
+
+
+def test_attributions_are_to_the_word_that_names_the_object(module: Inspection, tmp_path: Path) -> None:
+    """Not to the first word of the answer."""
+    told = asked_about(module, [sample_of(tmp_path, number, (8, 8, 24, 24)) for number in range(2)])
+    words = [of_answer[-1] for of_answer in told.unaltered.token_map.words]
+    assert all(word.first > 0 for word in words)
+    names = ObjectNames({word.text: [] for word in words})
+    asked = asked_about(
+        module, [sample_of(tmp_path, number, (8, 8, 24, 24), word.text) for number, word in enumerate(words)]
+    )
+    meter = AblationMeter(str(tmp_path / "out"), steps=2)
+    meter._token = torch.stack(asked.states).flatten(0, 1).mean(dim=0)
+    found = meter._attributions(asked, names)
+    backbone, answers = module.backbone, asked.unaltered.token_map.answers
+    inputs = append_answers(asked.inputs, answers, backbone.tokenizer.pad_token_id)
+    columns = asked.inputs["attention_mask"].sum(dim=1)
+    said = zip(asked.samples, asked.unaltered.token_map.words, strict=True)
+    firsts = [telling(sample, of_answer, names) for sample, of_answer in said]
+    assert all(first > 0 for first in firsts)
+    expected, of_first = (
+        integrated_gradients(backbone, inputs, meter._token, 2, columns + torch.tensor(shift))
+        for shift in (firsts, [0, 0])
+    )
+    assert all(map(torch.equal, found, expected))
+    assert not any(map(torch.allclose, found, of_first))
+
+
+def test_the_other_direction_is_of_a_class_that_is_not_in_the_picture() -> None:
+    one = torch.ones(2)
+    directions = MeanToken("projector", one, one, dict.fromkeys(("dog", "cup", "arrow", "bus"), one), {})
+    blank = coco_mask.encode(np.asfortranarray(np.ones((2, 2), dtype=np.uint8)))
+    sample = replace(TOLD, instances=(Instance("arrow", blank), Instance("dog", blank), Instance("hat", blank)))
+    assert _absent(sample, directions) == ["bus", "cup"]
+
+
+def test_tokens_have_a_direction_that_are_more_so_than_the_mean_one(
+    module: Inspection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a direction that is mostly the mean token all have some; without that, about half of them have."""
+    asked = asked_about(module, [sample_of(tmp_path, number, (8, 8, 24, 24)) for number in range(2)])
+    mean = torch.stack(asked.states).flatten(0, 1).mean(dim=0)
+    drawn = torch.randn(64, generator=torch.Generator().manual_seed(0))
+    direction = 10 * mean + drawn / drawn.norm() * mean.norm()
+    done: dict[str, Steering] = {}
+
+    def noted(name: str, interventions: Sequence[Steering], control: bool) -> list[str]:
+        (done[name],) = interventions
+        assert control == (name != "own direction")
+        return ["", ""]
+
+    monkeypatch.setattr(asked, "answer", noted)
+    meter = AblationMeter(str(tmp_path / "out"), strength=1.5)
+    found = MeanToken("projector", mean, torch.ones(64), {"dog": direction}, {})
+    ((name, counts, _), (chance, *_)) = meter._projected_away(asked, found)
+    assert (name, chance) == ("own direction", "random direction")
+    own = direction - (direction @ mean) / (mean @ mean) * mean
+    steering = done[name]
+    assert (steering.site, steering.mode, steering.alpha) == ("projector", "project_away", 1.5)
+    torch.testing.assert_close(steering.vector, own.expand(2, 64), atol=1e-4, rtol=1e-4)
+    assert isinstance(steering.positions, torch.Tensor)
+    for row, tokens in enumerate(asked.states):
+        having = tokens @ own > 0
+        assert counts[row] == having.sum()
+        assert 5 < counts[row] < 59
+        ids = asked.inputs["input_ids"][row][asked.inputs["attention_mask"][row].bool()]
+        chosen = steering.positions[row, : len(ids)]
+        assert torch.equal(chosen[ids == module.backbone.encode.image_token_id], having)
+        assert chosen.sum() == having.sum()
+    vector = done[chance].vector
+    torch.testing.assert_close(vector @ mean, torch.zeros(2), atol=1e-3, rtol=0)
+    assert not torch.equal(vector[0], vector[1])
+
+
+def test_an_object_that_is_cropped_away_is_left_out(module: Inspection, tmp_path: Path) -> None:
+    """The model sees the middle of a wide picture."""
+    boxes = [(0, 0, 16, 16), (56, 8, 72, 24)]
+    samples = [sample_of(tmp_path, number, box, size=(128, 64)) for number, box in enumerate(boxes)]
+    data = SimpleNamespace(names=NAMES, samples=lambda stage: samples)
+    trainer: Any = SimpleNamespace(
+        datamodule=data, global_rank=0, precision_plugin=SimpleNamespace(predict_step_context=nullcontext)
+    )
+    meter = AblationMeter(str(tmp_path), ["object"], noise=False)
+    meter.check(module)
+    meter._acting = {"original": set()}
+    answers = [Answers("original", ["A dog.", "A dog."])]
+    meter.on_predict_batch_end(trainer, module, answers, Batch(samples, {}), 0)
+    found = meter._found(trainer, {})
+    assert list(found.left_out) == ["0"]
+    assert "cropped" in found.left_out["0"]
+    assert list(found.samples) == ["1"]
+    assert meter.journal.rows()["0"]["trials"] == []
+    assert {name: list(by_id) for name, by_id in found.trials["original"].items()} == {
+        name: ["1"] for name in ("unaltered", "object", "as many random as object")
+    }
+
+
 def test_what_does_not_fit_is_told_in_one_line(ablate: Run, cli: Run, shapes: Path, tmp_path: Path) -> None:
     backbone = VisionLanguageModel.load(str(TRAINED))
     narrow = save_mean_token(tmp_path / "narrow.safetensors", backbone, torch.zeros(8))
     deep = save_mean_token(tmp_path / "deep.safetensors", backbone, torch.zeros(160), site="lm.block.2")
     out = tmp_path / "out"
     assert "no set of visual tokens is called 'objects'" in ablate(out, sets=["objects"]).error
+    without = ablate(out, "--trainer.callbacks.reference=null", sets=["gradients:5"])
+    assert "AblationMeter.sets: 'gradients:5' needs a token from which the gradients begin; give `ref" in without.error
     assert "states of width 8" in ablate(out, f"--trainer.callbacks.reference={narrow}").error
     assert "states at 'lm.block.2'" in ablate(out, f"--trainer.callbacks.reference={deep}").error
     assert "has no directions of classes" in ablate(out, f"--trainer.callbacks.directions={deep}").error
@@ -302,7 +461,7 @@ def test_what_does_not_fit_is_told_in_one_line(ablate: Run, cli: Run, shapes: Pa
             one["segmentation"] = {**mask, "counts": mask["counts"].decode()}
     file.write_text(json.dumps(content))
     small = ablate(out, f"--data.root={root}", limit=40, least_area=0.0)
-    assert "has 25 pixels, less than a patch of 64; leave such objects out" in small.error
+    assert "has 25 pixels, less than a patch of 64, and so have 6 others; leave such objects out" in small.error
     pictures = cli(
         "predict",
         "--trainer.accelerator=cpu",

@@ -126,6 +126,28 @@ def test_the_token_that_counts_can_be_named(
     assert all(map(torch.equal, first, named))
 
 
+def test_an_answer_has_no_visual_tokens(
+    shared_backbone: VisionLanguageModel,
+    inputs: dict[str, Tensor],
+    baseline: Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever it says: behind the token that counts, the image token's id changes nothing."""
+    model, forward = shared_backbone, shared_backbone.logits_with_graph
+    expected = integrated_gradients(model, inputs, baseline, 1)
+    last = [int((row != IGNORED).nonzero().max()) for row in inputs["labels"]]
+    image_token = model.encode.image_token_id
+    assert image_token is not None
+    saying = {name: inputs[name].clone() for name in ("input_ids", "labels")}
+    for value in saying.values():
+        value[range(len(last)), last] = image_token
+    # This model itself would look for a picture there.
+    monkeypatch.setattr(model, "logits_with_graph", lambda given: forward(given | {"input_ids": inputs["input_ids"]}))
+    found = integrated_gradients(model, inputs | saying, baseline, 1)
+    assert [len(attributions) for attributions in found] == [64] * len(last)
+    assert all(map(torch.equal, found, expected))
+
+
 def test_a_token_that_is_the_baseline_has_no_share(
     shared_backbone: VisionLanguageModel, inputs: dict[str, Tensor], baseline: Tensor
 ) -> None:

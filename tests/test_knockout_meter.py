@@ -11,9 +11,13 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conceptshift.callbacks import KnockoutMeter
+from conceptshift.callbacks.parts.trials import Trial, locate
+from conceptshift.datamodules.object_names import ObjectNames
 from conceptshift.datamodules.objects import ObjectDataModule
-from conceptshift.lightning_modules import VisionLanguageModel
+from conceptshift.lightning_modules import Inspection, VisionLanguageModel
 from conceptshift.lightning_modules.backbone.knockout import AttentionKnockout
+from conceptshift.tests.test_ablation_meter import sample_of
 from PIL import Image
 
 Run = Callable[..., Any]
@@ -152,6 +156,44 @@ def test_every_variant_is_measured_and_one_that_is_the_same_gives_the_same(
     assert found["original"]["settings"]["polling"]["right"] > 0
 
 
+def test_a_sample_without_sources_or_targets_does_not_count(tiny: Path, tmp_path: Path) -> None:
+    """Beside one that has them, in the same batch."""
+    module = Inspection(str(tiny), max_new_tokens=4)
+    module.configure_model()
+    # The object is all of the first picture, and of the second a corner.
+    samples = [sample_of(tmp_path, number, box) for number, box in enumerate([(0, 0, 64, 64), (48, 0, 64, 16)])]
+    right = [(sample, locate(sample, module.backbone)) for sample in samples]
+    names = ["object -> image-object @ 0-1", "image-object -> last @ all", "object -> last @ all"]
+    meter = KnockoutMeter(str(tmp_path), names)
+    meter._acting = {"original": set()}
+    trials: dict[str, list[Trial]] = {sample.sample_id: [] for sample in samples}
+    meter._ask(module, "original", right, ObjectNames({"dog": []}), trials)
+    found = {i: {trial.name: trial.tokens for trial in given} for i, given in trials.items()}
+    assert found == {"0": {names[2]: 64}, "1": dict(zip(names, (4, 60, 4), strict=True))}
+
+
+def test_each_variant_is_asked_as_itself(make_adapter: Callable[..., Path], tiny: Path, tmp_path: Path) -> None:
+    """A destination that answers otherwise, by hand."""
+    module = Inspection(str(tiny), destination=str(make_adapter(tiny, tmp_path / "adapter", 0.5)), max_new_tokens=6)
+    module.configure_model()
+    sample, name = sample_of(tmp_path, 0, (8, 8, 40, 40)), "object -> last @ 0-1"
+    place, names = locate(sample, module.backbone), ObjectNames({"dog": []})
+    meter = KnockoutMeter(str(tmp_path), [name])
+    meter._acting = {variant: set() for variant in module.variants}
+    trials: dict[str, list[Trial]] = {sample.sample_id: []}
+    texts = []
+    for variant in module.variants:
+        meter._ask(module, variant, [(sample, place)], names, trials)
+        inputs = module.encode([Image.open(sample.image)], [sample.prompt])
+        sources = inputs["input_ids"] == module.backbone.encode.image_token_id
+        sources[sources.clone()] = place.tokens
+        knockout = AttentionKnockout(sources, "last_prompt", [0, 1])
+        with module.running_as(variant) as backbone, backbone.intervene(knockout):
+            texts += backbone.generate(inputs, 6).texts
+    assert [(trial.variant, trial.text) for trial in trials["0"]] == list(zip(module.variants, texts, strict=True))
+    assert len(set(texts)) == 2, "the adapter changes no answer"
+
+
 def test_two_processes_find_what_one_finds(knock: Run, tmp_path: Path) -> None:
     """An odd number of samples, so that neither process has as many as the other."""
     few = ("--data.settings=[polling]", "--data.limit=3", "--model.max_new_tokens=2", "--data.batch_size=2")
@@ -166,9 +208,11 @@ def test_two_processes_find_what_one_finds(knock: Run, tmp_path: Path) -> None:
 
 
 def test_a_knockout_that_changes_nothing_is_an_error(knock: Run, tmp_path: Path) -> None:
-    """In the last block the lowest row learns what nobody is told any more."""
+    """What comes later is never attended to; what the lowest row learns in the last block nobody is told any more."""
+    ran = knock(tmp_path / "out", knockouts=["last -> object @ all"])
+    assert "'last -> object @ all' changes nothing" in ran.error
     ran = knock(tmp_path / "out", knockouts=["image -> last_row @ 5"])
-    assert "'image -> last_row @ 5' changes nothing" in ran.error
+    assert "'image -> last_row @ 5' changes no logit of an answer" in ran.error
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conceptshift.callbacks.parts.class_tokens import class_tokens
+from conceptshift.callbacks.parts.lens_scores import background
 from conceptshift.datamodules import CAPTION_PROMPT, ObjectDataModule, ObjectNames, read_image
+from conceptshift.datamodules.sample import Instance, Sample
 from conceptshift.lightning_modules import VisionLanguageModel
 from conceptshift.lightning_modules.backbone.heat_map import heat_map, visual_states
+from conceptshift.lightning_modules.backbone.patch_grid import PatchGrid
 from conceptshift.metrics import bootstrap, ranking_measures, segmentation
 from PIL import Image
+from pycocotools import mask as coco_mask
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 Run = Callable[..., Any]
@@ -82,6 +86,18 @@ def test_maps_are_compared_where_something_is_seen() -> None:
     assert segmentation(heat, mask) is None
     with pytest.raises(ValueError, match="of one picture"):
         segmentation(heat, mask[:, :13])
+
+
+def test_the_end_of_a_row_is_no_background() -> None:
+    """Four patches of which the object has one, and after each row a token that covers nothing."""
+    patches = torch.tensor([True, True, False] * 2)
+    row, column = torch.tensor([0, 0, -1, 1, 1, -1]), torch.tensor([0, 1, -1] * 2)
+    boxes = 8.0 * torch.stack([column, row, column + 1, row + 1], dim=1) * patches[:, None]
+    mask = np.zeros((16, 16), dtype=np.uint8)
+    mask[:8, 8:] = 1
+    sample = Sample("1", Path("1.jpg"), "", "", instances=(Instance("dog", coco_mask.encode(np.asfortranarray(mask))),))
+    grid = PatchGrid(torch.where(patches, 0, -1), row, column, boxes)
+    assert background(sample, grid).tolist() == [True, False, False, True, True, False]
 
 
 # --- tokens ---------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -37,8 +38,8 @@ def read(done: Generation) -> LensReading:
 def of_sample(reading: LensReading, sample: int) -> dict[str, Tensor]:
     """What one sample's positions decode to."""
     here = reading.samples == sample
-    names = ("positions", "token_ids", "roles", "image_index")
-    values = ("top_ids", "top_probabilities", "token_probabilities")
+    names = ("positions", "token_ids", "roles", "image_index", "token_probabilities")
+    values = ("top_ids", "top_probabilities")
     rows: dict[str, Tensor] = {name: getattr(reading, name)[here] for name in names}
     return rows | {name: getattr(reading, name)[:, here] for name in values}
 
@@ -64,7 +65,7 @@ def decoded(logits: Tensor) -> dict[str, Tensor]:
     return {
         "top_ids": top.indices,
         "top_probabilities": top.values,
-        "token_probabilities": probabilities[..., list(ASKED)],
+        "token_probabilities": probabilities[..., list(ASKED)].amax(dim=0),
     }
 
 
@@ -183,7 +184,11 @@ def test_visual_tokens_alone(
     assert found.image_index.tolist() == [*range(64)] * 5
     assert torch.equal(found.samples, every.samples[image])
     torch.testing.assert_close(found.top_probabilities, every.top_probabilities[1:3, image])
-    torch.testing.assert_close(found.token_probabilities, every.token_probabilities[1:3, image])
+    alone = [replace(query, layers=(layer,)) for layer in found.layers]
+    of_layers = [shared_backbone.generate(encoded(shared_backbone, pictures, range(5)), 2, lens=one) for one in alone]
+    largest = torch.stack([read(one).token_probabilities for one in of_layers]).amax(dim=0)
+    torch.testing.assert_close(found.token_probabilities, largest)
+    assert not torch.allclose(largest, read(of_layers[0]).token_probabilities)
 
 
 @pytest.mark.parametrize("site", ["projector", "lm.embed", "lm.block.1"])
@@ -226,6 +231,43 @@ def test_in_half_precision(backbone: VisionLanguageModel, pictures: list[Image.I
         # A chunk's rows are not summed in the same order: a logit is off by a rounding at most.
         assert_alike(found, found | decoded(logits), tolerance=4e-3)
         assert found["top_ids"][-1, -len(done.token_map.answers[row]), 0] == done.token_map.answers[row][0]
+
+
+def test_logits_are_scaled_as_the_model_scales_them(pictures: list[Image.Image]) -> None:
+    """By 0.25 in this one: the last layer says what the model itself does."""
+    model = VisionLanguageModel(*CROPS["aya_vision"](), "aya_vision")
+    inputs = encoded(model, pictures, [0])
+    found = read(model.generate(inputs, 1, lens=LensQuery(("lm.block.2",), 1, tuple(range(len(model.unembed.weight))))))
+    expected = model.logits(inputs)[0, found.positions].double().softmax(dim=-1).float()
+    assert (expected - (4 * expected.log()).softmax(dim=-1)).abs().max() > 1e-3, "scaling changes too little"
+    torch.testing.assert_close(found.token_probabilities, expected, atol=1e-5, rtol=0)
+
+
+def test_of_equally_probable_tokens_the_first_is_kept(
+    backbone: VisionLanguageModel, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As greedy decoding does, however many are kept: half precision knows few values."""
+    backbone.to(torch.bfloat16)
+    head, generator = backbone.model.lm_head, torch.Generator().manual_seed(0)
+    table = torch.randint(4, (97, len(head.weight)), generator=generator).to(torch.bfloat16)
+
+    def rows_of(states: Tensor) -> Tensor:
+        return states.float().abs().sum(dim=-1).mul(1000).long() % len(table)
+
+    monkeypatch.setattr(head, "forward", lambda states: table[rows_of(states)])
+    inputs = encoded(backbone, pictures, range(2))
+    one, five = (read(backbone.generate(inputs, 2, lens=LensQuery(LAYERS, top_k))) for top_k in (1, 5))
+    done = backbone.generate(inputs, 2, backbone.sites(LAYERS))
+    columns = done.token_map.first_column[one.samples] + one.positions
+    states = torch.stack([done.states[layer][one.samples, columns] for layer in LAYERS])
+    logits = table[rows_of(backbone.final_norm(states))]
+    first = (logits == 3).to(torch.uint8).argmax(dim=-1)
+    assert len(first.unique()) > 5
+    assert torch.equal(one.top_ids[..., 0], first)
+    assert torch.equal(five.top_ids[..., 0], first)
+    # Those that follow are as probable, and others.
+    assert (logits.gather(-1, five.top_ids) == 3).all()
+    assert (five.top_ids.sort(dim=-1).values.diff(dim=-1) > 0).all()
 
 
 def test_what_is_read_or_steered_at_the_final_norm_is_the_models_own(

@@ -97,6 +97,9 @@ class Inspector(Callback, ABC):
                 f"{name}: a Steerer beside it would steer the original, too; give its vectors to "
                 "--model.init_args.steering instead"
             )
+        inspectors = [other for other in callbacks if isinstance(other, Inspector)]
+        if shared := [other for other in inspectors if other is not self and other.out.resolve() == self.out.resolve()]:
+            raise ValueError(f"{name} and {type(shared[0]).__name__} both write to {self.out}; give each its own `out`")
         refuse_pieces(trainer, name)
         samples = data.samples("predict")
         wanted = self.wanted(samples)
@@ -105,8 +108,7 @@ class Inspector(Callback, ABC):
             seen = self.journal.resume(self._describe(trainer, pl_module), wanted, trainer.world_size)
             done = {sample_id for sample_id in seen if self.is_kept(sample_id)}
         done = trainer.strategy.broadcast(done) | {sample.sample_id for sample in samples} - wanted
-        first = next(other for other in callbacks if isinstance(other, Inspector))
-        data.exclude_ids = frozenset(done if first is self else done & data.exclude_ids)
+        data.exclude_ids = frozenset(done if inspectors[0] is self else done & data.exclude_ids)
 
     def _describe(self, trainer: L.Trainer, module: Inspection) -> dict[str, Any]:
         return {**describe_inspection(trainer, module), type(self).__name__: self.options()}

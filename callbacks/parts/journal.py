@@ -90,20 +90,21 @@ class Journal:
         Raises:
             ValueError: It has one of another kind.
         """
-        noted = self.out / _NOTE
-        if not noted.is_file() and any(self.out.glob("rows-*.jsonl")) and not self.overwrite:
+        noted, begun = self.out / _NOTE, any(self.out.glob("rows-*.jsonl"))
+        if begun and not noted.is_file() and not self.overwrite:
             raise ValueError(
                 f"{self.out}: holds rows, but not {_NOTE}, which says of what; set `overwrite`, or move them"
             )
-        if self.overwrite or not noted.is_file():
+        if self.overwrite or not begun:
             return False
         found = json.loads(noted.read_text(encoding="utf-8"))
         # As it will be read back.
         for key, value in json.loads(json.dumps(description)).items():
-            if found.get(key, value) != value:
+            if key not in found or found[key] != value:
+                difference = _difference(key, found.get(key), value)
                 raise ValueError(
-                    f"{self.out}: holds another run ({_difference(key, found[key], value)}); choose another `out`, or "
-                    "set `overwrite` to begin anew"
+                    f"{self.out}: holds another run ({difference}); choose another `out`, or set `overwrite` to begin "
+                    "anew"
                 )
         return True
 

@@ -54,7 +54,7 @@ def score_picture(
         tokens: The tokens of every class.
         asked: Ids of the W tokens.
         top_ids: Most probable token [L, P].
-        probabilities: Of the W tokens [L, P, W].
+        probabilities: Of the W tokens, the largest over layers [P, W].
 
     Returns:
         "objects": class → "patches", "strict" and "lenient" (L counts), "background" (L counts of patches outside of
@@ -63,9 +63,8 @@ def score_picture(
     """
     top = top_ids.numpy()
     column = {token: number for number, token in enumerate(asked)}
-    highest = probabilities.amax(dim=0)  # over layers [P, W]
     of_class = {
-        name: highest[:, [column[token] for token in sorted(one.strict)]].amax(dim=1)
+        name: probabilities[:, [column[token] for token in sorted(one.strict)]].amax(dim=1)
         for name, one in tokens.items()
         if one.strict
     }

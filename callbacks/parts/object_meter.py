@@ -17,7 +17,7 @@ from ...datamodules.objects import ObjectDataModule
 from ...datamodules.sample import Batch, Sample
 from ...lightning_modules import Answers, Inspection
 from .inspector import Inspector
-from .trials import UNALTERED, Asked, Found, Place, Trial, is_right, locate
+from .trials import UNALTERED, Asked, Found, Place, Trial, check_objects, is_right, locate
 
 _UNSEEN = "the model sees nothing of the object, which lies where its picture is cropped"
 
@@ -39,7 +39,7 @@ class ObjectMeter(Inspector):
 
     def __init__(self, out: str, overwrite: bool) -> None:
         super().__init__(out, overwrite)
-        self._acting: set[str] = set()
+        self._acting: dict[str, set[str]] = {}
 
     # --- what a meter does --------------------------------------------------------------------------------
 
@@ -84,10 +84,9 @@ class ObjectMeter(Inspector):
         """
         self.check(module)
         data = _data(trainer)
-        for sample in data.samples("predict"):
-            if sample.sample_id not in data.exclude_ids:
-                locate(sample, module.backbone)
-        self._acting = set()
+        samples = (sample for sample in data.samples("predict") if sample.sample_id not in data.exclude_ids)
+        check_objects(samples, module.backbone)
+        self._acting = {variant: set() for variant in module.variants}
 
     def on_predict_batch_end(
         self,
@@ -139,7 +138,7 @@ class ObjectMeter(Inspector):
         """Add to the trials what a variant answers when something is done to it."""
         samples, places = zip(*right, strict=True)
         with module.running_as(variant):
-            asked = Asked(module, samples, places, self._acting)
+            asked = Asked(module, samples, places, self._acting[variant])
             for name, tokens, texts in self.measure(asked, names):
                 for sample, count, text in zip(samples, tokens, texts, strict=True):
                     if count:

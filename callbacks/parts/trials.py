@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from ...datamodules.images import read_image
@@ -87,28 +88,47 @@ def is_right(sample: Sample, text: str, names: ObjectNames) -> bool:
 def locate(sample: Sample, backbone: VisionLanguageModel) -> Place:
     """Find the object of a sample among the visual tokens of its picture.
 
-    Raises:
-        ValueError: The picture has no instance of it, or it is smaller than a patch.
+    Args:
+        sample: The sample, whose object `check_objects` has found large enough.
+        backbone: The model.
     """
     masks = [instance.mask() for instance in sample.instances if instance.category == sample.object]
-    if not masks:
-        raise ValueError(
-            f"sample {sample.sample_id!r}: the mask of no {sample.object or 'object'!r} is known in its picture; take "
-            "samples from --data ObjectDataModule"
-        )
     mask = np.logical_or.reduce(masks)
     height, width = mask.shape
     grid = backbone.patch_grid(width, height)
-    left, top, right, bottom = grid.boxes[grid.tile >= 0].T
-    patch, pixels = float(((right - left) * (bottom - top)).min()), int(mask.sum())
-    # Edges of patches are measured, to about a pixel in a hundred.
-    if pixels < 0.99 * patch:
-        least = math.ceil(1000 * patch / mask.size) / 1000
+    return Place(grid, mask, object_tokens(grid, mask))
+
+
+def check_objects(samples: Iterable[Sample], backbone: VisionLanguageModel) -> None:
+    """Refuse objects that are smaller than a patch, all at once and without looking at their masks.
+
+    Raises:
+        ValueError: A picture has no instance of its sample's object, or an object is smaller than a patch.
+    """
+    small: list[tuple[float, Sample, int, float]] = []
+    for sample in samples:
+        masks = [instance.segmentation for instance in sample.instances if instance.category == sample.object]
+        if not masks:
+            raise ValueError(
+                f"sample {sample.sample_id!r}: the mask of no {sample.object or 'object'!r} is known in its picture; "
+                "take samples from --data ObjectDataModule"
+            )
+        height, width = masks[0]["size"]
+        grid = backbone.patch_grid(width, height)
+        left, top, right, bottom = grid.boxes[grid.tile >= 0].T
+        patch = float(((right - left) * (bottom - top)).min())
+        pixels = int(coco_mask.area(coco_mask.merge(masks)))
+        # Edges of patches are measured, to about a pixel in a hundred.
+        if pixels < 0.99 * patch:
+            small.append((patch / (height * width), sample, pixels, patch))
+    if small:
+        share, sample, pixels, patch = max(small, key=lambda one: one[0])
+        others = f", and so have {len(small) - 1} others" if len(small) > 1 else ""
         raise ValueError(
             f"sample {sample.sample_id!r}: its {sample.object!r} has {pixels} pixels, less than a patch of "
-            f"{patch:.0f}; leave such objects out with --data.init_args.least_area {least:.3f}"
+            f"{patch:.0f}{others}; leave such objects out with --data.init_args.least_area "
+            f"{math.ceil(1000 * share) / 1000:.3f}"
         )
-    return Place(grid, mask, object_tokens(grid, mask))
 
 
 class Asked:
@@ -190,12 +210,15 @@ class Asked:
         assert image_token_id is not None, "models without visual tokens have been refused"
         return positions(token_set, self.inputs, image_token_id, chosen)
 
-    def answer(self, name: str, interventions: Sequence[Steering | AttentionKnockout]) -> list[str]:
+    def answer(
+        self, name: str, interventions: Sequence[Steering | AttentionKnockout], control: bool = False
+    ) -> list[str]:
         """Answer with something done to the model.
 
         Args:
             name: What it is called.
             interventions: What it is.
+            control: Whether it may do nothing.
 
         Returns:
             B answers.
@@ -203,7 +226,7 @@ class Asked:
         Raises:
             ValueError: It does nothing at all, in the first batch that it is tried on.
         """
-        sites = [] if name in self.acting else [self._last]
+        sites = [] if control or name in self.acting else [self._last]
         with self.backbone.intervene(*interventions):
             altered = self.backbone.generate(self.inputs, self.module.max_new_tokens, sites)
         if sites and not changed(self.unaltered, altered, self._last.name).any():

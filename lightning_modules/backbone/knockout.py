@@ -22,8 +22,8 @@ from .selectors import Selector
 from .sites import Site
 from .token_map import TokenMap
 
-# States that differ by no more, relative to their length, are equal but for rounding.
-_ROUNDING = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+# States in full precision that differ by no more, relative to their length, are equal but for rounding.
+_ROUNDING = 1e-5
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,8 @@ def knocking_out(
 def changed(before: Generation, after: Generation, site: str) -> Tensor:
     """Whether an intervention reached what a model says first: the state that predicts the answer's first token.
 
-    A mask of another form makes attention round otherwise; that is no change.
+    A mask of another form makes attention round otherwise; that is no change. In half precision it cannot be told from
+    a small one, so that there every difference counts.
 
     Args:
         before: Answers to some prompts.
@@ -252,5 +253,5 @@ def changed(before: Generation, after: Generation, site: str) -> Tensor:
         for one in (before, after)
     )
     lengths, differences = (torch.linalg.vector_norm(one.float(), dim=1) for one in (first, second - first))
-    moved: Tensor = differences > _ROUNDING[first.dtype] * lengths
+    moved: Tensor = differences > (_ROUNDING * lengths if first.dtype == torch.float32 else 0)
     return moved

@@ -32,7 +32,7 @@ class LensQuery:
     Attributes:
         layers: Names of sites, `lm.embed` and `lm.block.k`, in order.
         top_k: Tokens of highest probability to keep.
-        tokens: Ids of W tokens whose probability is wanted everywhere.
+        tokens: Ids of W tokens whose largest probability over layers is wanted everywhere.
         positions: `all`, or `image` for visual tokens only.
     """
 
@@ -55,7 +55,7 @@ class LensReading:
         image_index: Number of the visual token there, −1 elsewhere [N].
         top_ids: Tokens of highest probability [L, N, k], the highest first.
         top_probabilities: Their probabilities [L, N, k] in float32.
-        token_probabilities: Probabilities of the tokens that were asked for [L, N, W] in float32.
+        token_probabilities: Of the tokens that were asked for, the largest over layers [N, W] in float32.
     """
 
     layers: tuple[str, ...]
@@ -79,14 +79,13 @@ class _Rows(NamedTuple):
 
 
 class _Decoded(NamedTuple):
-    """What some rows decode to: layer, sample and column of each [n], tokens and probabilities [n, k] and [n, W]."""
+    """What some rows decode to: layer, sample and column of each [n], tokens and their probabilities [n, k]."""
 
     layers: Tensor
     samples: Tensor
     columns: Tensor
     top_ids: Tensor
     top_probabilities: Tensor
-    token_probabilities: Tensor
 
 
 class LensReader:
@@ -132,6 +131,8 @@ class LensReader:
         self._window: tuple[tuple[int, int], Tensor, Tensor] | None = None
         self._waiting: list[_Rows] = []
         self._decoded: list[_Decoded] = []
+        # Of the tokens that are asked for, over the layers so far [samples, columns, W].
+        self._largest = torch.zeros(0, 0, len(query.tokens))
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -168,7 +169,7 @@ class LensReader:
         shape = len(self.sites), len(samples)
         top_ids = torch.zeros(*shape, self.query.top_k, dtype=torch.long)
         top_probabilities = torch.zeros(*shape, self.query.top_k)
-        token_probabilities = torch.zeros(*shape, len(self.query.tokens))
+        token_probabilities = torch.zeros(len(samples), len(self.query.tokens))
         if self._decoded:
             number = torch.full(kept.shape, -1).masked_scatter(kept, torch.arange(len(samples)))
             decoded = _Decoded(*(torch.cat(parts).cpu() for parts in zip(*self._decoded, strict=True)))
@@ -178,7 +179,8 @@ class LensReader:
             place = decoded.layers[rows], at[rows]
             top_ids[place] = decoded.top_ids[rows]
             top_probabilities[place] = decoded.top_probabilities[rows]
-            token_probabilities[place] = decoded.token_probabilities[rows]
+        known = columns < self._largest.shape[1]
+        token_probabilities[known] = self._largest.cpu()[samples[known], columns[known]]
         return LensReading(
             layers=tuple(site.name for site in self.sites),
             samples=samples,
@@ -197,6 +199,8 @@ class LensReader:
         assert running is not None
         roles = running.token_map.roles
         start = self._seen[layer]
+        if not len(self._largest):
+            self._largest = self._largest.new_zeros(len(roles), 0, self._largest.shape[2])
         if state.ndim != 3 or len(state) != len(roles) or (not start and state.shape[1] > roles.shape[1]):
             raise ValueError(
                 f"site {self.sites[layer].name!r} has states of shape {list(state.shape)} where there are "
@@ -230,6 +234,8 @@ class LensReader:
         waiting, self._waiting, self._room = self._waiting, [], self._chunk
         logits = self._unembed(self._norm(torch.cat([rows.states for rows in waiting])))
         values, ids = logits.topk(self.query.top_k)
+        if logits.dtype != torch.float32:
+            _first_of_equals(logits, values, ids)
         logits, values = logits.float(), values.float()
         asked = logits[:, list(self.query.tokens)]
         # In place, and with the maximum that is known already: log-sum-exp needs no second tensor of this size.
@@ -239,4 +245,32 @@ class LensReader:
         layers = torch.tensor([rows.layer for rows in waiting]).repeat_interleave(sizes).to(ids.device)
         samples = torch.cat([rows.samples for rows in waiting])
         columns = torch.cat([rows.columns for rows in waiting])
-        self._decoded.append(_Decoded(layers, samples, columns, ids, (values - total).exp(), (asked - total).exp()))
+        self._decoded.append(_Decoded(layers, samples, columns, ids, (values - total).exp()))
+        if self.query.tokens:
+            self._keep_largest(samples, columns, (asked - total).exp())
+
+    def _keep_largest(self, samples: Tensor, columns: Tensor, probabilities: Tensor) -> None:
+        """Note probabilities [n, W] of some rows where no layer has had larger ones."""
+        tokens, more = probabilities.shape[1], int(columns.max()) + 1 - self._largest.shape[1]
+        if more > 0:
+            room = probabilities.new_zeros(len(self._largest), more, tokens)
+            self._largest = torch.cat([self._largest.to(room.device), room], dim=1)
+        rows = samples * self._largest.shape[1] + columns
+        flat = self._largest.view(-1, tokens)
+        flat.scatter_reduce_(0, rows[:, None].expand_as(probabilities), probabilities, "amax")
+
+
+def _first_of_equals(logits: Tensor, values: Tensor, ids: Tensor) -> None:
+    """Put the token of smallest id first among those of highest logit, which in half precision are often several.
+
+    Args:
+        logits: Logits [n, tokens].
+        values: The highest of them [n, k].
+        ids: Their tokens [n, k]; changed in place.
+    """
+    numbers = torch.arange(logits.shape[1], dtype=torch.int32, device=logits.device)
+    first = torch.where(logits == values[:, :1], numbers, logits.shape[1]).amin(dim=1).long()
+    # It may be among those that are kept already: then the two change places.
+    place = (ids == first[:, None]).int().argmax(dim=1, keepdim=True)
+    ids.scatter_(1, place, ids[:, :1].clone())
+    ids[:, 0] = first

@@ -46,7 +46,7 @@ class VisionLanguageModel(Variants):
             model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
         self.encode = PromptEncoder(processor, self.structure.image_token_id(processor))
         finder = PatchFinder(self.structure, self._picture_alone, self.encode.image_token_id)
-        self._find_patches = lru_cache(maxsize=256)(finder)
+        self._find_patches = lru_cache(maxsize=4096)(finder)
         self._pass: RunningPass | None = None
 
     @classmethod
