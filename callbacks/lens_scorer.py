@@ -182,10 +182,11 @@ class LensScorer(Inspector):
         show_figures({"lens_score": lens_score_figure(summary)}, self.out, trainer)
         log_lens_scores(summary, trainer)
         for variant, found in summary["variants"].items():
-            best, objects = found["best"], found["objects"]
+            best, why = found["best"], "; ".join(sorted(set(reasons.values())))
+            where = f", at {best['layer']}" if best["share"] else ""
             rank_zero_info(
-                f"{self.out / _RESULT}: {variant}: {best['share']:.1%} of an object's patches decode to it at "
-                f"{best['layer']} ({objects} objects; {len(reasons)} left out)"
+                f"{self.out / _RESULT}: {variant}: at most {best['share']:.1%} of an object's patches decode to it"
+                f"{where} (objects: {found['objects']}; left out: {len(reasons)}{why and f', as {why}'})"
             )
 
 

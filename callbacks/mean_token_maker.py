@@ -43,6 +43,8 @@ class MeanTokenMaker(Callback):
         if not isinstance(pl_module, FeatureExtraction):
             raise TypeError(f"MeanTokenMaker averages what FeatureExtraction reads, got {type(pl_module).__name__}")
         if self.annotations is not None:
+            if not Path(self.annotations).is_file():
+                raise FileNotFoundError(f"{self.annotations}: no such file; set --annotations, or leave it out")
             pictures = InstanceFile(Path(self.annotations)).pictures()
             self._instances = {Path(one.file_name).name: one for one in pictures}
 

@@ -56,14 +56,14 @@ def test_what_one_callback_lacks_is_run_again_whatever_their_order(look: Run, tm
     results = {name: (out / RESULTS[name]).read_text() for name, out in outs.items()}
     # A picture is one sample of the scorer, and its objects are several of the meter.
     assert 3 == len(whole[SCORER]) < len(whole[KNOCKOUT])
-    for order, cut in ((BOTH, SCORER), (BOTH[::-1], SCORER), (BOTH, KNOCKOUT)):
-        journal = outs[cut] / "rows-00000.jsonl"
-        journal.write_text("".join(journal.read_text().splitlines(keepends=True)[:1]))
-        done = look((outs[name], name) for name in order)
-        assert done.status == 0, done.err
-        for name, out in outs.items():
-            assert rows_of(out) == whole[name]
-            assert (out / RESULTS[name]).read_text() == results[name]
+    # The one that came last needs fewer samples; now, the one that comes first lacks none.
+    journal = outs[KNOCKOUT] / "rows-00000.jsonl"
+    journal.write_text("".join(journal.read_text().splitlines(keepends=True)[:1]))
+    done = look((outs[name], name) for name in reversed(BOTH))
+    assert done.status == 0, done.err
+    for name, out in outs.items():
+        assert rows_of(out) == whole[name]
+        assert (out / RESULTS[name]).read_text() == results[name]
 
 
 def test_two_callbacks_do_not_share_a_folder(look: Run, tmp_path: Path) -> None:

@@ -185,7 +185,7 @@ def test_each_variant_is_asked_as_itself(make_adapter: Callable[..., Path], tiny
     for variant in module.variants:
         meter._ask(module, variant, [(sample, place)], names, trials)
         inputs = module.encode([Image.open(sample.image)], [sample.prompt])
-        sources = inputs["input_ids"] == module.backbone.encode.image_token_id
+        sources = torch.isin(inputs["input_ids"], torch.tensor(module.backbone.encode.image_token_id))
         sources[sources.clone()] = place.tokens
         knockout = AttentionKnockout(sources, "last_prompt", [0, 1])
         with module.running_as(variant) as backbone, backbone.intervene(knockout):

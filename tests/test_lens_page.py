@@ -224,7 +224,7 @@ def test_the_command_shows_the_models_own_numbers(
         x, y = 15 + 60 * (column + 0.5) / 8, 60 * (row + 0.5) / 8
         tab.move(frame["left"] + frame["width"] * x / 90, frame["top"] + frame["height"] * y / 60)
         position = visual[8 * row + column]
-        assert tab.text("#place") == f"patch row {row}, column {column}, tile 0, position {position}"
+        assert tab.text("#place") == f"patch row {row}, column {column}, position {position}"
         assert_panel(tab, own, position, texts)
     assert tab.errors == []
     browser.close(tab)
@@ -477,6 +477,7 @@ def test_index_narrows_down_and_leads_to_the_pages(browser: Browser, tmp_path: P
     tab = browser.open(tmp_path / "index.html")
     assert tab.texts("strong") == ["0.jpg", "1.jpg", "2.jpg"]
     # The filter has the focus from the start.
+    tab.wait("document.activeElement === document.getElementById('filter')")
     tab.write("dog answer")
     assert tab.text("#shown") == "2 of 3"
     assert [box > 0 for box in tab.evaluate("[...document.querySelectorAll('li')].map(one => one.offsetHeight)")] == [

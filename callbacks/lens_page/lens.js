@@ -231,7 +231,8 @@ function place(view, position) {
   if (visual < 0) return `${view.roles[position]} token ${token(view.tokens[position])}, ${where}`;
   if (!page.grid || page.grid.row[visual] < 0) return `visual token ${visual}${page.grid ? " without a patch" : ""}, ${where}`;
   const { tile, row, column } = page.grid;
-  return `patch row ${row[visual]}, column ${column[visual]}, tile ${tile[visual]}, ${where}`;
+  const part = page.tiles.length > 1 ? `, tile ${tile[visual]}` : "";
+  return `patch row ${row[visual]}, column ${column[visual]}${part}, ${where}`;
 }
 
 // ---------------------------------------------------------------- pictures
@@ -401,13 +402,13 @@ function describe(figure) {
   if (view === difference) parts.push(`another token ${where}: ${of((p) => counts(view, p))}`);
   else if (state.word) parts.push(`“${state.word}” ${where}: ${of((p) => counts(view, p))}`);
   if (state.masked) parts.push(`decode to nothing: ${of((p) => decodesToNothing(view, p))}`);
-  line.textContent = parts.join(" · ");
   const name = view === difference ? "distance" : state.word ? `probability of “${state.word}”` : "top-1 probability";
   const unit = (value) => (view === difference ? Number(value.toPrecision(2)) : `${percent(value)} %`);
   legend.replaceChildren(make("span", "", `${name}  0`), make("span", "ramp"), make("span", "", unit(scaleOf(view, view.measure.max))));
   legend.hidden = state.overlay === "none" && !state.word && view !== difference;
   const perLayer = page.layers.map((_, layer) => number((p) => view.measure.counted[cell(view, layer, p)], own));
   const what = view === difference ? "another token" : state.word ? `“${state.word}”` : "most confident here";
+  line.textContent = [...parts, `bars: patches by layer, ${what}`].join(" · ");
   const most = Math.max(1, ...perLayer);
   strip.setAttribute("aria-label", `Patches per layer, ${what}`);
   perLayer.forEach((count, layer) => {
@@ -834,7 +835,8 @@ async function start() {
   if (views.length > 1) views.push(difference = { name: "difference" });
   measure();
   $("layer").max = page.layers.length - 1;
-  $("side").value = views.length > 1 ? Math.max(240, ($("pictures").clientWidth - 16) / 2) : 620;
+  // Two fit beside each other, with the scroll bar that they will bring.
+  $("side").value = views.length > 1 ? Math.max(240, ($("pictures").clientWidth - 48) / 2) : 620;
   addViews();
   addTiles();
   figures = views.map(addFigure);

@@ -95,10 +95,14 @@ def ablation_table(summary: Json) -> str:
             tokens = np.mean([row["tokens"] for row in rows.values()])
             cells = [_cell(rows.get(setting), "became_wrong") for setting in settings]
             lines.append([variant, name, f"{tokens:.1f}", *cells])
+        for name in dict.fromkeys(row["direction"] for row in found["project_away"]):
+            rows = {row["setting"]: row for row in found["project_away"] if row["direction"] == name}
+            cells = [_cell(rows.get(setting), "became_wrong") for setting in settings]
+            lines.append([variant, f"{name} projected away", "", *cells])
     for name, shares in published["became_wrong"].items():
         lines.append(["(published)", name, "", *(f"{100 * shares[setting]:.1f}" for setting in settings)])
     note = f"percent of right answers that become wrong; (published): {published['source']}"
-    return "\n".join([_aligned(lines), note, *_nowhere(summary)])
+    return "\n".join([_aligned(lines), *_counts(summary), note, *_nowhere(summary)])
 
 
 def knockout_table(summary: Json) -> str:
@@ -113,7 +117,7 @@ def knockout_table(summary: Json) -> str:
             blocks = _span(next(iter(rows.values()))["blocks"])
             lines.append([variant, name, blocks, *cells, "" if known is None else f"{known:.2f}"])
     note = f"share of right answers that stay right; (published): {published['source']}"
-    return "\n".join([_aligned(lines), note, *_nowhere(summary)])
+    return "\n".join([_aligned(lines), *_counts(summary), note, *_nowhere(summary)])
 
 
 def _panels(summary: Json, height: float) -> tuple[Figure, list[tuple[Axes, list[Json]]]]:
@@ -144,11 +148,26 @@ def _cell(row: Json | None, key: str) -> str:
     """A share in percent, with that of its control in brackets."""
     if row is None or row[key] is None:
         return "–"
-    control = "" if row["control"] is None else f" ({100 * row['control'][key]:.1f})"
+    control = "" if row.get("control") is None else f" ({100 * row['control'][key]:.1f})"
     return f"{100 * row[key]:.1f}{control}"
 
 
+def _counts(summary: Json) -> list[str]:
+    """How many answers the shares are of, a line for each variant."""
+    lines = []
+    for variant, found in summary["variants"].items():
+        told = [
+            f"{setting} {counts['right']} of {counts['samples']} right"
+            + (f", {counts['kept']} not with noise" if counts.get("hallucinated") is not None else "")
+            for setting, counts in found["settings"].items()
+        ]
+        lines.append(f"{variant}: {'; '.join(told)}")
+    return lines
+
+
 def _nowhere(summary: Json) -> list[str]:
+    if not any(counts["right"] for found in summary["variants"].values() for counts in found["settings"].values()):
+        return ["no answer was right, so that none could become wrong"]
     names = ", ".join(summary["nowhere"])
     return [f"left out, as no picture has it: {names}"] if names else []
 
