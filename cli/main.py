@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import re
 import sys
@@ -55,6 +56,8 @@ def main(args: Sequence[str] | None = None) -> int:
     if arguments[0] not in COMMANDS:
         print(f"conceptshift: no command {arguments[0]!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
+    # What it says when it is imported is of kernels that are not needed.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     command = importlib.import_module(f".{COMMANDS[arguments[0]][0]}", __package__)
     try:
         command.run(arguments)
