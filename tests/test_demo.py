@@ -105,7 +105,7 @@ def test_sweeps_have_every_run_beside_its_controls(folder: Path) -> None:
 
 def test_objects_are_in_their_visual_tokens(folder: Path, results: dict[str, Any]) -> None:
     found = results["visual_tokens"]
-    assert found["say_their_object"] > 5 * found["say_it_elsewhere"]
+    assert found["say_their_object"] > 2 * found["say_it_elsewhere"]
     assert found["wrong_without_object"] > found["wrong_without_random"] + 0.3
     knockout = json.loads((folder / "visual_tokens/knockout/knockout.json").read_text())["variants"]["original"]
     accuracy = {(row["setting"], row["knockout"]): row["relative_accuracy"] for row in knockout["rows"]}
