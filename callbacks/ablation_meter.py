@@ -202,16 +202,13 @@ class AblationMeter(ObjectMeter):
                 directions.objects[classes[seed % len(classes)]] if direction is not None and classes else nothing
             )
             chance.append(nothing if direction is None else drawn)
-        (site,) = asked.backbone.sites([directions.site])
-        rows = asked.backbone.generate(asked.inputs, 1, [site])
-        image = rows.token_map.image_index[:, : rows.states[site.name].shape[1]] >= 0
-        states = [row[here].float().cpu() for row, here in zip(rows.states[site.name], image, strict=True)]
+        states = [tokens.cpu() for tokens in asked.visual_states(directions.site)]
         for name, found in ((AWAY, own), (OTHER_AWAY, other), (RANDOM_AWAY, chance)):
             vectors = [_without(vector, directions.mean) for vector in found]
             having = [tokens @ vector > 0 for tokens, vector in zip(states, vectors, strict=True)]
             if any(tokens.any() for tokens in having):
                 mask = asked.positions(TokenSet.parse("image"), having)
-                steering = Steering(site.name, torch.stack(vectors), self.strength, mask, mode="project_away")
+                steering = Steering(directions.site, torch.stack(vectors), self.strength, mask, mode="project_away")
                 yield name, [int(tokens.sum()) for tokens in having], asked.answer(name, [steering], name != AWAY)
 
     def summarize(self, module: Inspection, found: Found, names: ObjectNames) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from ...datamodules.object_names import ObjectNames
 from ...datamodules.objects import SETTINGS
 from ...datamodules.sample import Sample
 from ...lightning_modules import Inspection, VisionLanguageModel
-from ...lightning_modules.backbone import Steering
+from ...lightning_modules.backbone import Generation, Steering
 from ...lightning_modules.backbone.knockout import AttentionKnockout, changed
 from ...lightning_modules.backbone.knockout_names import TokenSet, positions, resolve
 from ...lightning_modules.backbone.patch_grid import PatchGrid
@@ -164,10 +164,14 @@ class Asked:
         self.inputs = self.encode(self.pictures)
         projector, self._last = self.backbone.sites([_PROJECTOR, f"lm.block.{len(self.backbone.structure.blocks) - 1}"])
         self.unaltered = self.backbone.generate(self.inputs, module.max_new_tokens, [projector, self._last])
-        image = self.unaltered.token_map.image_index[:, : self.unaltered.states[_PROJECTOR].shape[1]] >= 0
-        states = self.unaltered.states[_PROJECTOR]
-        self.states = [row[here].float() for row, here in zip(states, image, strict=True)]
+        self.states = _visual(self.unaltered, _PROJECTOR)
         """States of the visual tokens at `projector`: B of [P, D]."""
+
+    def visual_states(self, site: str) -> list[Tensor]:
+        """States of the visual tokens at a site: B of [P, D]."""
+        if site == _PROJECTOR:
+            return self.states
+        return _visual(self.backbone.generate(self.inputs, 1, self.backbone.sites([site])), site)
 
     def encode(self, pictures: Sequence[Image.Image]) -> dict[str, Tensor]:
         """Encode the samples' prompts with pictures of theirs."""
@@ -237,6 +241,12 @@ class Asked:
             )
         self.acting.add(name)
         return altered.texts
+
+
+def _visual(generation: Generation, site: str) -> list[Tensor]:
+    states = generation.states[site]
+    image = generation.token_map.image_index[:, : states.shape[1]] >= 0
+    return [row[here].float() for row, here in zip(states, image, strict=True)]
 
 
 @dataclass(frozen=True)
