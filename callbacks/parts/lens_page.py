@@ -24,6 +24,8 @@ from ...datamodules.files import write_whole
 from ...lightning_modules.backbone.patch_grid import PatchGrid
 
 _FOLDER = Path(__file__).parents[1] / "lens_page"
+# One after the other they are the script of a page.
+_SCRIPTS = ("data.js", "measures.js", "pictures.js", "table.js", "controls.js")
 # Longest sides in pixels of what pages and the index embed.
 _PICTURE, _THUMBNAIL = 1024, 160
 
@@ -122,7 +124,7 @@ def write_page(path: Path, page: LensPage, decode: Callable[[int], str]) -> dict
         for variant in page.variants
     ]
     data = {"page": _base64(zlib.compress(json.dumps(shown).encode())), "variants": arrays}
-    _write(path, "page.html.jinja", "lens.js", page=page, picture=_jpeg(page.picture, _PICTURE), data=data)
+    _write(path, "page.html.jinja", _SCRIPTS, page=page, picture=_jpeg(page.picture, _PICTURE), data=data)
     return {
         "file": path.name,
         "title": page.title,
@@ -145,7 +147,7 @@ def write_index(path: Path, entries: Sequence[dict[str, Any]]) -> None:
         OSError: The file cannot be written.
     """
     links = [entry | {"link": quote(entry["file"], errors="surrogateescape")} for entry in entries]
-    _write(path, "index.html.jinja", "index.js", entries=links, models=sorted({entry["model"] for entry in entries}))
+    _write(path, "index.html.jinja", ["index.js"], entries=links, models=sorted({entry["model"] for entry in entries}))
 
 
 def _distinct(groups: Sequence[NDArray[np.int64]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -163,9 +165,10 @@ def _templates() -> Environment:
     return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
 
 
-def _write(path: Path, template: str, script: str, **values: Any) -> None:
+def _write(path: Path, template: str, scripts: Sequence[str], **values: Any) -> None:
+    files = {"style": ["lens.css"], "script": scripts}
     own = {
-        name: (_FOLDER / file).read_text(encoding="utf-8") for name, file in (("style", "lens.css"), ("script", script))
+        kind: "\n".join((_FOLDER / name).read_text(encoding="utf-8") for name in names) for kind, names in files.items()
     }
     # Nothing but these two runs or styles, whatever a caption or a token says.
     allowed = {name: "sha256-" + _base64(sha256(text.encode()).digest()) for name, text in own.items()}
