@@ -9,7 +9,7 @@ from zlib import crc32
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from torch import Tensor
 
@@ -25,7 +25,9 @@ from ..lightning_modules.backbone.token_map import Word
 from ..metrics import published_ablation
 from .parts.ablation_scores import AWAY, NOISE, OTHER_AWAY, RANDOM_AWAY, control_of, summarize_ablation
 from .parts.noise import noise_picture
+from .parts.numbers import log_rows
 from .parts.object_meter import ObjectMeter
+from .parts.steering_checks import check_same_model
 from .parts.trial_figures import ablation_figure, ablation_table, show_figures
 from .parts.trials import Asked, Found, Place
 
@@ -50,7 +52,7 @@ class AblationMeter(ObjectMeter):
     Writes `ablation.json`, `samples.parquet` and `figures/`. Intervals are bootstraps over pictures, at 95 %.
 
     Args:
-        out: Folder to write to.
+        out: Folder to write to; by default `ablation` in the run's folder.
         sets: What to replace: `object` (the tokens whose patch overlaps it), `object+K` (with K rings of neighbours),
             `image-object`, `image`, `last_row`, `registers` (unusually long tokens), `random:N`, `gradients:N` (those
             of highest attribution by integrated gradients, which need a `reference`). By default all that are
@@ -66,9 +68,11 @@ class AblationMeter(ObjectMeter):
 
     result = "ablation.json"
 
+    place = "ablation"
+
     def __init__(
         self,
-        out: str,
+        out: str | None = None,
         sets: list[str] | None = None,
         reference: str | None = None,
         steps: int = 50,
@@ -226,11 +230,12 @@ class AblationMeter(ObjectMeter):
     def show(self, trainer: L.Trainer, summary: dict[str, Any]) -> None:
         """Draw bars, and print the table."""
         show_figures({"ablation": ablation_figure(summary)}, self.out, trainer)
+        log_rows(trainer, "ablation", summary, "set", "became_wrong")
         rank_zero_info(f"{self.out / self.result}\n{ablation_table(summary)}")
 
 
 def _read(file: str, backbone: VisionLanguageModel, width: int) -> MeanToken:
-    """Read a mean token, and tell where it is of another model.
+    """Read a mean token of this model.
 
     Raises:
         ValueError: It does not fit.
@@ -241,11 +246,7 @@ def _read(file: str, backbone: VisionLanguageModel, width: int) -> MeanToken:
             f"{file}: states of width {len(found.mean)}, but those of {backbone.source} have {width}; it was made for "
             "another model"
         )
-    if found.metadata.get("weights_hash", backbone.weights_hash()) != backbone.weights_hash():
-        rank_zero_warn(
-            f"{file}: made from the states of {found.metadata.get('model_id')}, whose weights are not those of "
-            f"{backbone.source} (or in another precision)"
-        )
+    check_same_model(file, found.metadata, backbone)
     return found
 
 

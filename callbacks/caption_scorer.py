@@ -14,7 +14,8 @@ class CaptionScorer(Scorer):
     """Scores of the whole set, the share of captions with a word of a class, their length and repetition.
 
     Args:
-        out: JSON file to write: scores with 95 % intervals, captions with their references and values, skipped samples.
+        out: JSON file to write: scores with 95 % intervals, captions with their references and values, skipped samples;
+            by default `captions.json` in the run's folder, if it has one, and not while a model is trained.
         words: Word class of the share: `colors`, `places`, `sentiments`, or a list of words.
         tokenizer: `python`, or `java` for the Penn Treebank tokenizer that pycocoevalcap calls.
         measures: Some of `CIDEr`, `BLEU`, `ROUGE-L`, `METEOR` (needs Java) and `SPICE` (needs Java and files of
@@ -23,6 +24,8 @@ class CaptionScorer(Scorer):
             then is written too.
         variant: Whose captions to score in `predict`: `original`, or the name of a destination.
     """
+
+    place = "captions{variant}.json"
 
     def __init__(
         self,

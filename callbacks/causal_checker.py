@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,16 +15,20 @@ from torch import Tensor
 
 from ..concepts import ConceptDictionary, load_dictionary
 from ..concepts.causal import own_directions, random_directions
-from ..datamodules.files import write_json
 from ..datamodules.stored_features import FeatureStore
 from ..lightning_modules import BackboneModule
 from ..lightning_modules.backbone import Selector
+from ..records.files import write_json
+from ..records.paths import user_path
+from ..records.provenance import KEY
 from .parts.causal_report import FEWEST_RANDOM, causal_figure, causal_report
 from .parts.causal_trials import Case, removal_trials
 from .parts.concept_states import ConceptStates
 from .parts.figures import tensorboard
+from .parts.numbers import log_numbers
 from .parts.processes import refuse_pieces
-from .parts.sources import readout_of, same_destination, store_folder
+from .parts.run_description import provenance_of
+from .parts.sources import dictionary_place, read_concepts, readout_of, same_destination, store_folder
 from .parts.word_probability import WordProbability
 
 
@@ -73,7 +76,8 @@ class CausalChecker(Callback):
         ):
             if value < least:
                 raise ValueError(f"CausalChecker.{name} must be at least {least}, got {value}")
-        self.dictionary = Path(dictionary)
+        self.dictionary = dictionary
+        self.out = user_path(dictionary)
         self.features = features
         self.samples = samples
         self.random = random
@@ -93,20 +97,21 @@ class CausalChecker(Callback):
             )
         refuse_pieces(trainer, "CausalChecker")
         store_folder(trainer, self, self.features)
+        self.out = dictionary_place(trainer, self, self.dictionary)
 
     @rank_zero_only
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Remove, measure, and write."""
         assert isinstance(pl_module, BackboneModule)
         backbone = pl_module.backbone
-        fitted = load_dictionary(self.dictionary / "dictionary.safetensors")
+        fitted = load_dictionary(self.out / "dictionary.safetensors")
         site, selector, variant = (fitted.metadata[name] for name in ("site", "selector", "variant"))
-        words = read_words(self.dictionary / "concepts.json", selector)
+        words = read_words(self.out / "concepts.json", selector, fitted)
         store = FeatureStore(store_folder(trainer, self, self.features))
         readout = readout_of(pl_module, store)
         if not same_destination(store, backbone, variant):
             raise ValueError(
-                f"{self.dictionary}: its states are of another {variant!r} than --model.init_args.destination has; "
+                f"{self.out}: its states are of another {variant!r} than --model.init_args.destination has; "
                 "give the one that it was extracted with"
             )
         states = ConceptStates.read(store, site, selector, variant)
@@ -125,7 +130,7 @@ class CausalChecker(Callback):
                 self._directions(own, states.states),
                 WordProbability(words, readout),
                 batch_size=self.batch_size,
-                title=None if trainer.progress_bar_callback is None else f"{self.dictionary}: causal check",
+                title=None if trainer.progress_bar_callback is None else f"{self.out}: causal check",
             )
         share = ((fitted.dictionary * own).sum(dim=1) / fitted.dictionary.norm(dim=1)).square()
         report = causal_report(cases, trials, words, share.tolist(), self.random)
@@ -140,10 +145,12 @@ class CausalChecker(Callback):
             "samples": self.samples,
             "random": self.random,
             "seed": self.seed,
+            "dictionary_hash": fitted.content_hash,
+            KEY: provenance_of(store.metadata, seed=self.seed),
             **report,
             "left_out": sorted(left_out, key=lambda row: row["concept"]),
         }
-        write_json(self.dictionary / "causal.json", summary)
+        write_json(self.out / "causal.json", summary)
         self._show(trainer, summary)
 
     def _directions(self, own: Tensor, Z: Tensor) -> Tensor:
@@ -158,22 +165,19 @@ class CausalChecker(Callback):
         return torch.stack(rows)
 
     def _show(self, trainer: L.Trainer, summary: dict[str, Any]) -> None:
-        writer = tensorboard(trainer)
-        if writer is None or not summary["concepts"]:
+        if not summary["concepts"]:
             return
-        name = f"causal/{self.dictionary.name}"
-        writer.add_figure(name, causal_figure(summary["concepts"]))
-        for measure in ("mean_fall", "significant"):
-            writer.add_scalar(f"{name}/{measure}", summary[measure], trainer.global_step)
-        for row in summary["concepts"]:
-            writer.add_scalar(f"{name}/fall/concept_{row['concept']:02d}", row["fall"], trainer.global_step)
+        name = f"causal/{self.out.name}"
+        numbers = {f"{name}/{measure}": summary[measure] for measure in ("mean_fall", "significant")}
+        numbers |= {f"{name}/fall/concept_{row['concept']:02d}": row["fall"] for row in summary["concepts"]}
+        log_numbers(trainer, numbers)
+        if (writer := tensorboard(trainer)) is not None:
+            writer.add_figure(name, causal_figure(summary["concepts"]))
 
 
-def read_words(path: Path, selector: str) -> list[list[str]]:
-    """Words of each concept, without the token of interest."""
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; a DictionaryFitter writes it beside its dictionary")
-    words = json.loads(path.read_text(encoding="utf-8"))["words"]
+def read_words(path: Path, selector: str, dictionary: ConceptDictionary) -> list[list[str]]:
+    """Words of each concept of a dictionary, without the token of interest."""
+    words = read_concepts(path, dictionary)["words"]
     of_interest = Selector.parse(selector).words if selector.startswith("token_of_interest:") else ()
     return [[word for word in named if word not in of_interest] for named in words]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from dataclasses import asdict
@@ -10,21 +11,24 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from tqdm import tqdm
 
 from ..concepts import ConceptDictionary, stability, strongest
-from ..datamodules.files import write_json
 from ..datamodules.stored_features import FeatureStore, held_out_ids
 from ..lightning_modules import VisionLanguageModel
 from ..metrics import concept_overlap
+from ..records.files import write_json
+from ..records.provenance import KEY, made_now
 from .parts.concept_states import ConceptStates
 from .parts.figures import concept_figure, tensorboard
 from .parts.grounding import GroundingOptions, pictures_of, words_of
 from .parts.heat_maps import heat_maps
+from .parts.numbers import log_numbers
 from .parts.projector import add_states
+from .parts.run_description import provenance_of
+from .parts.run_writer import RunWriter
 from .parts.sources import model_of, readout_of, same_destination, store_folder
 
 _GROUNDING = GroundingOptions()
@@ -34,7 +38,7 @@ _IN_MEMORY = 2**31
 Pictures = list[list[dict[str, Any]]]
 
 
-class DictionaryFitter(Callback):
+class DictionaryFitter(RunWriter):
     """After `predict`, learns a dictionary from a feature store (CoX-LMM, arXiv 2406.08074).
 
     Writes `dictionary.safetensors` and `concepts.json` (words, pictures and scores) to `out`; to TensorBoard a figure,
@@ -45,7 +49,7 @@ class DictionaryFitter(Callback):
         selector: Selector of the states. Of `token_of_interest:WORD`, samples count whose references, where they have
             any, have the word too.
         dictionary: The method, e.g. `conceptshift.concepts.SemiNMF`.
-        out: Folder to write.
+        out: Folder to write; by default `concepts/<name>` in the run's folder.
         features: The feature store; by default the one that a FeatureWriter listed before this writes, or the one that
             is replayed.
         variant: `original`, `destination`, or the name of another checkpoint.
@@ -56,12 +60,15 @@ class DictionaryFitter(Callback):
         stability_seeds: Number of further seeds to fit with, to report how well each concept is found again.
     """
 
+    place = "concepts/{name}"
+    makes = "dictionary"
+
     def __init__(
         self,
         site: str,
         selector: str,
         dictionary: ConceptDictionary,
-        out: str,
+        out: str | None = None,
         features: str | None = None,
         variant: str = "original",
         grounding: GroundingOptions = _GROUNDING,
@@ -72,10 +79,10 @@ class DictionaryFitter(Callback):
         if stability_seeds < 0:
             raise ValueError(f"stability_seeds must be at least 0, got {stability_seeds}")
         held_out_ids([], held_out)
+        super().__init__(out)
         self.site = site
         self.selector = selector
         self.dictionary = dictionary
-        self.out = Path(out)
         self.features = features
         self.variant = variant
         self.grounding = grounding
@@ -84,12 +91,13 @@ class DictionaryFitter(Callback):
         self.stability_seeds = stability_seeds
 
     @property
-    def state_key(self) -> str:
-        """Several dictionaries may be fitted in one run."""
-        return f"{type(self).__name__}[{self.out}]"
+    def default_name(self) -> str:
+        """Its method: `semi_nmf`."""
+        return re.sub("(?<=[a-z])(?=[A-Z])", "_", method_of(self.dictionary)).lower()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse what could not be done at the end."""
+        self.locate(trainer)
         store_folder(trainer, self, self.features)
         self.grounding.check()
 
@@ -123,9 +131,13 @@ class DictionaryFitter(Callback):
             "grounding": asdict(self.grounding),
             **summarise(self.dictionary, fitted, V, words, self.grounding.images),
             **more,
+            "dictionary_hash": self.dictionary.content_hash,
+            KEY: provenance_of(fitted.store.metadata, seed=self.dictionary.seed),
         }
         metadata = {name: summary[name] for name in ("site", "selector", "variant", "held_out")}
-        self.dictionary.save(self.out / "dictionary.safetensors", {**metadata, "features": fitted.store.metadata})
+        self.dictionary.save(
+            self.out / "dictionary.safetensors", {**metadata, "features": fitted.store.metadata, **made_now()}
+        )
         write_json(self.out / "concepts.json", summary)
         if self.heat_maps:
             summary["images"] = self._drawn(model_of(pl_module), summary["images"], fitted)
@@ -150,10 +162,14 @@ class DictionaryFitter(Callback):
             return pictures
 
     def _show(self, trainer: L.Trainer, summary: dict[str, Any], fitted: ConceptStates, assigned: Tensor) -> None:
+        name = f"concepts/{self.out.name}"
+        for step, value in enumerate(self.dictionary.report.objective_history):
+            log_numbers(trainer, {f"{name}/objective": value}, step)
+        measures = {f"{name}/{measure}": summary[measure] for measure in ("explained_variance", "overlap", "l0")}
+        log_numbers(trainer, {tag: value for tag, value in measures.items() if value is not None})
         writer = tensorboard(trainer)
         if writer is None:
             return
-        name = f"concepts/{self.out.name}"
         paths = [[picture["image"] for picture in pictures] for pictures in summary["images"]]
         missing = sorted({path for row in paths for path in row if not Path(path).is_file()})
         if missing:
@@ -163,11 +179,12 @@ class DictionaryFitter(Callback):
             for pictures in summary["images"]
         ]
         writer.add_figure(name, concept_figure(summary["words"], paths, drawn if any(drawn) else None))
-        for step, value in enumerate(self.dictionary.report.objective_history):
-            writer.add_scalar(f"{name}/objective", value, step)
-        for measure in ("explained_variance", "overlap", "l0"):
-            writer.add_scalar(f"{name}/{measure}", summary[measure], trainer.global_step)
         add_states(writer, self.out.name, fitted, assigned, summary["words"], self.dictionary.seed)
+
+
+def method_of(dictionary: ConceptDictionary) -> str:
+    """Name of a method; of a library of methods, that of the one in use."""
+    return str(getattr(dictionary, "method", type(dictionary).__name__))
 
 
 def summarise(
@@ -184,8 +201,7 @@ def summarise(
     """
     report, assigned = dictionary.report, strongest(V)
     return {
-        # Of a library of methods, the method.
-        "method": getattr(dictionary, "method", type(dictionary).__name__),
+        "method": method_of(dictionary),
         "k": dictionary.n_concepts,
         "matched_samples": fitted.matched,
         "confirmed_samples": fitted.confirmed,

@@ -3,43 +3,41 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from ..concepts import SteeringVectors, fine_vector, load_dictionary
-from ..datamodules.files import replacing
-from ..lightning_modules.steering import dictionary_file
-from .parts.state_set_checks import check_dictionary
+from ..records.files import replacing
+from ..records.provenance import made_now
+from .parts.run_writer import RunWriter
+from .parts.state_set_checks import check_dictionary, dictionary_file
 
 _FILE = r"\d+-\d+\.safetensors"
 
 
-class FineVectorMaker(Callback):
+class FineVectorMaker(RunWriter):
     """After `predict`, writes s_ij = u_j − u_i for all concepts i ≠ j of a dictionary (arXiv 2501.03012, section 3.3).
 
     Which of them lead to one clear answer is what a sweep over them tells (`selection` in `sweep.json`).
 
     Args:
         site: Site of the dictionary.
-        dictionary: Folder or file of the dictionary; a DictionaryFitter listed before may write it.
-        out: Folder to write: `<i>-<j>.safetensors`; an older one is replaced.
+        dictionary: The dictionary: name of a DictionaryFitter of this run, or a folder or file.
+        out: Folder to write: `<i>-<j>.safetensors`; an older one is replaced. By default `vectors/<name>` in the run's
+            folder.
     """
 
-    def __init__(self, site: str, dictionary: str, out: str) -> None:
+    place = "vectors/{name}"
+
+    def __init__(self, site: str, dictionary: str, out: str | None = None) -> None:
+        super().__init__(out)
         self.site = site
         self.dictionary = dictionary
-        self.out = Path(out)
-
-    @property
-    def state_key(self) -> str:
-        """Those of several dictionaries may be made in one run."""
-        return f"{type(self).__name__}[{self.out}]"
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse a dictionary that will not be there, or is of another site, and a folder of anything else."""
+        self.locate(trainer)
         if self.out.exists() and not all(re.fullmatch(_FILE, path.name) for path in self.out.iterdir()):
             raise ValueError(f"{self.out}: holds other files than fine vectors; choose a new folder")
         check_dictionary(trainer, self, self.dictionary, self.site)
@@ -47,9 +45,18 @@ class FineVectorMaker(Callback):
     @rank_zero_only
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the vectors."""
-        file = dictionary_file(self.dictionary)
-        U = load_dictionary(file).dictionary
-        metadata = {"method": "fine", "sites": [self.site], "dictionary_file": str(file)}
+        file = dictionary_file(trainer, self, self.dictionary)
+        dictionary = load_dictionary(file)
+        U = dictionary.dictionary
+        metadata = {
+            "method": "fine",
+            "sites": [self.site],
+            "dictionary_file": str(file),
+            "dictionary_hash": dictionary.content_hash,
+            # Whose states these are, where SteeringVectorMaker tells it too.
+            "target": {"store": dictionary.metadata.get("features", {})},
+            **made_now(),
+        }
         with replacing(self.out) as working:
             for i in range(len(U)):
                 for j in range(len(U)):

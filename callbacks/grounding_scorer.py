@@ -13,19 +13,23 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from ..concepts import ConceptDictionary, Simple
-from ..datamodules.files import write_json
 from ..datamodules.images import read_image
 from ..datamodules.stored_features import FeatureStore, Row
 from ..lightning_modules import BackboneModule
 from ..metrics import BertScorer, ClipEncoder, GroundedConcepts, compare, concept_overlap, published_scores
 from ..metrics.concept_scores import CAPTIONS, Columns, score_columns
+from ..records.files import write_json
+from ..records.paths import check_writable, user_path
+from ..records.provenance import KEY
 from .parts.concept_states import ConceptStates
 from .parts.figures import tensorboard
 from .parts.grounded_methods import WrittenDictionary, grounded, random_words
 from .parts.noise import noise_states
+from .parts.numbers import log_numbers
 from .parts.processes import refuse_pieces
+from .parts.run_description import provenance_of
 from .parts.score_table import markdown, notes, plain, score_rows, write_samples
-from .parts.sources import readout_of, store_folder
+from .parts.sources import dictionary_place, readout_of, store_folder
 
 
 class GroundingScorer(Callback):
@@ -36,7 +40,7 @@ class GroundingScorer(Callback):
     the overlap of its concepts. Writes `scores.json`, and `scores.parquet` with one row a sample and method.
 
     Args:
-        dictionary: Folder that a DictionaryFitter wrote, in an earlier run or listed before this.
+        dictionary: Name of a DictionaryFitter listed before this, or folder that one wrote in an earlier run.
         features: Feature store with the test samples; by default the one that a FeatureWriter listed before this
             writes, or the one that is replayed. Of the store that the dictionary was fitted on, the samples that were
             held out are the test samples; of another, all are.
@@ -67,7 +71,7 @@ class GroundingScorer(Callback):
             raise ValueError(f"GroundingScorer: top must name numbers of concepts from 1 on, got {list(top)}")
         if batch_size < 1:
             raise ValueError(f"GroundingScorer: batch_size must be at least 1, got {batch_size}")
-        self.dictionary = Path(dictionary)
+        self.dictionary = dictionary
         self.features = features
         self.fitted_on = fitted_on
         self.clip_model = clip_model
@@ -76,7 +80,8 @@ class GroundingScorer(Callback):
         self.top = top
         self.seed = seed
         self.batch_size = batch_size
-        self.out = Path(out or dictionary)
+        self.out = user_path(out or dictionary)
+        self.told = out is not None
 
     @property
     def state_key(self) -> str:
@@ -85,6 +90,9 @@ class GroundingScorer(Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse what could not be done at the end."""
+        if not self.told:
+            self.out = dictionary_place(trainer, self, self.dictionary)
+        check_writable(self.out, "GroundingScorer.out")
         store_folder(trainer, self, self.features)
         if self.noise_images and not isinstance(pl_module, BackboneModule):
             raise ValueError("GroundingScorer: noise_images needs the model; run with it instead of `Replay`")
@@ -97,7 +105,7 @@ class GroundingScorer(Callback):
     @rank_zero_only
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Score and write."""
-        source = WrittenDictionary.read(self.dictionary)
+        source = WrittenDictionary.read(dictionary_place(trainer, self, self.dictionary))
         store = FeatureStore(store_folder(trainer, self, self.features))
         fitted, test = source.states(store, None if self.fitted_on is None else FeatureStore(self.fitted_on))
         methods = self._methods(trainer, pl_module, source, store, fitted, test)
@@ -112,6 +120,8 @@ class GroundingScorer(Callback):
             "clip_model": self.clip_model,
             "bert_model": self.bert_model,
             "seed": self.seed,
+            "dictionary_hash": source.dictionary.content_hash,
+            KEY: provenance_of(store.metadata, seed=self.seed),
             "samples": len(ids),
             "fitted_states": len(fitted.ids),
             "methods": [*methods, CAPTIONS],
@@ -164,6 +174,15 @@ class GroundingScorer(Callback):
     def _show(self, trainer: L.Trainer, summary: dict[str, Any]) -> None:
         rows = score_rows(summary)
         rank_zero_info(f"{self.out}: {notes(summary)}\n{plain(rows)}")
+        log_numbers(
+            trainer,
+            {
+                f"grounding/{self.out.name}/{score}/{method}": row["mean"]
+                for score, found in summary["scores"].items()
+                for method, row in found.items()
+            }
+            | {f"grounding/{self.out.name}/overlap/{method}": value for method, value in summary["overlap"].items()},
+        )
         writer = tensorboard(trainer)
         if writer is not None:
             writer.add_text(f"grounding/{self.out.name}", f"{notes(summary)}\n\n{markdown(rows)}", trainer.global_step)

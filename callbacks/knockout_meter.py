@@ -15,6 +15,7 @@ from ..lightning_modules.backbone.knockout import AttentionKnockout, self_attent
 from ..lightning_modules.backbone.knockout_names import KnockoutName, TokenSet
 from ..metrics import published_knockout
 from .parts.knockout_scores import summarize_knockout
+from .parts.numbers import log_rows
 from .parts.object_meter import ObjectMeter
 from .parts.trial_figures import knockout_figure, knockout_table, show_figures
 from .parts.trials import Asked, Found
@@ -40,7 +41,7 @@ class KnockoutMeter(ObjectMeter):
     Writes `knockout.json`, `samples.parquet` and `figures/`. Intervals are bootstraps over pictures, at 95 %.
 
     Args:
-        out: Folder to write to.
+        out: Folder to write to; by default `knockout` in the run's folder.
         knockouts: `sources -> targets @ window`, such as `object+1 -> last @ mid-late`. Sources and targets are sets of
             visual tokens as in AblationMeter, but no `gradients`; `text`, the prompt without its last position; `last`,
             that position; and, as targets, `answer`, it and all that are generated. Windows are `early`, `early-mid`,
@@ -53,7 +54,9 @@ class KnockoutMeter(ObjectMeter):
 
     result = "knockout.json"
 
-    def __init__(self, out: str, knockouts: list[str] | None = None, overwrite: bool = False) -> None:
+    place = "knockout"
+
+    def __init__(self, out: str | None = None, knockouts: list[str] | None = None, overwrite: bool = False) -> None:
         super().__init__(out, overwrite)
         self.by_default = knockouts is None
         names = [f"{sides} @ {window}" for sides in _SIDES for window in _WINDOWS] if knockouts is None else knockouts
@@ -115,6 +118,7 @@ class KnockoutMeter(ObjectMeter):
     def show(self, trainer: L.Trainer, summary: dict[str, Any]) -> None:
         """Draw lines over windows, and print the table."""
         show_figures({"knockout": knockout_figure(summary)}, self.out, trainer)
+        log_rows(trainer, "knockout", summary, "knockout", "relative_accuracy")
         rank_zero_info(f"{self.out / self.result}\n{knockout_table(summary)}")
 
 

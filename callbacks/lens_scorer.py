@@ -11,17 +11,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from lightning.pytorch.utilities import rank_zero_info
 
-from ..datamodules.files import write_json, write_whole
 from ..datamodules.images import read_image
 from ..datamodules.objects import ObjectDataModule
 from ..datamodules.sample import Batch, Sample
 from ..lightning_modules import Answers, Inspection
 from ..lightning_modules.backbone.logit_lens import LensQuery
 from ..metrics import published_lens
+from ..records.files import write_json, write_whole
+from ..records.provenance import KEY, made_now
 from .parts.class_tokens import ClassTokens, class_tokens
 from .parts.inspector import Inspector
 from .parts.lens_score_figure import lens_score_figure, log_lens_scores
 from .parts.lens_scores import Row, background, left_out, object_rows, score_picture, summarize_lens
+from .parts.run_description import covered
 from .parts.trial_figures import show_figures
 from .parts.trials import check_objects, locate
 
@@ -48,13 +50,15 @@ class LensScorer(Inspector):
     goes on where it stopped.
 
     Args:
-        out: Folder to write to.
+        out: Folder to write to; by default `lens` in the run's folder.
         overwrite: Begin anew, whatever is there.
     """
 
     masks = True
 
-    def __init__(self, out: str, overwrite: bool = False) -> None:
+    place = "lens"
+
+    def __init__(self, out: str | None = None, overwrite: bool = False) -> None:
         super().__init__(out, overwrite)
         self._pictures: dict[str, dict[str, Sample]] = {}
         self._tokens: dict[str, ClassTokens] = {}
@@ -170,6 +174,8 @@ class LensScorer(Inspector):
         summary: Row = {
             "meter": type(self).__name__,
             "model_id": module.model_id,
+            KEY: {**self.journal.description(), **made_now()},
+            "coverage": covered(trainer, len(rows), len(skipped)),
             "layers": layers,
             "variants": {variant: summarize_lens(rows, variant, layers) for variant in module.variants},
             "published": published_lens(),

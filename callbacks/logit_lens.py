@@ -37,7 +37,8 @@ class LogitLens(Inspector):
     and no server. An interrupted run, started again, goes on where it stopped.
 
     Args:
-        out: Folder for `index.html` and the pages; `run.json` and `rows-*.jsonl` in it say what has been done.
+        out: Folder for `index.html` and the pages, by default the run's; `run.json` and `rows-*.jsonl` in it say what
+            has been done.
         top_k: Tokens of highest probability to show for each layer and position.
         layers: Sites to decode, `lm.embed` and `lm.block.k`, or wildcards; by default all.
         overwrite: Begin anew, whatever is there.
@@ -45,7 +46,11 @@ class LogitLens(Inspector):
 
     masks = False
 
-    def __init__(self, out: str, top_k: int = 5, layers: list[str] | None = None, overwrite: bool = False) -> None:
+    place = ""
+
+    def __init__(
+        self, out: str | None = None, top_k: int = 5, layers: list[str] | None = None, overwrite: bool = False
+    ) -> None:
         if top_k < 1:
             raise ValueError(f"LogitLens.top_k must be at least 1, got {top_k}")
         super().__init__(out, overwrite)

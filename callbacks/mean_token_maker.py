@@ -7,7 +7,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
@@ -16,24 +15,30 @@ from ..datamodules.instances import InstanceFile, PictureInstances
 from ..datamodules.sample import Batch, Sample
 from ..lightning_modules import Extraction, FeatureExtraction, VisionLanguageModel
 from ..lightning_modules.backbone.visual_sets import object_tokens
+from ..records.hashes import file_hash
+from ..records.paths import user_path
+from ..records.provenance import made_now
 from .parts.processes import gather
-from .parts.run_description import describe_model, describe_run
+from .parts.run_description import describe_run
+from .parts.run_writer import RunWriter
 
 
-class MeanTokenMaker(Callback):
+class MeanTokenMaker(RunWriter):
     """Writes mean and variance of the visual tokens that a `FeatureExtraction` reads at its one site.
 
     With instances also a direction for each class of objects: what tokens on its objects have in common that tokens on
     other objects have not. A token is on an object whose mask its patch overlaps.
 
     Args:
-        out: File to write.
+        out: File to write; by default `mean.safetensors` in the run's folder.
         annotations: COCO's `instances_<split>.json` of the pictures, which it knows by the names of their files.
     """
 
-    def __init__(self, out: str, annotations: str | None = None) -> None:
-        self.out = Path(out)
-        self.annotations = annotations
+    place = "mean.safetensors"
+
+    def __init__(self, out: str | None = None, annotations: str | None = None) -> None:
+        super().__init__(out)
+        self.annotations = None if annotations is None else user_path(annotations)
         self._instances: dict[str, PictureInstances] = {}
         self._moments = TokenMoments()
         self._skipped = 0
@@ -42,10 +47,11 @@ class MeanTokenMaker(Callback):
         """Read the instances before a model is loaded."""
         if not isinstance(pl_module, FeatureExtraction):
             raise TypeError(f"MeanTokenMaker averages what FeatureExtraction reads, got {type(pl_module).__name__}")
+        self.locate(trainer)
         if self.annotations is not None:
-            if not Path(self.annotations).is_file():
+            if not self.annotations.is_file():
                 raise FileNotFoundError(f"{self.annotations}: no such file; set --annotations, or leave it out")
-            pictures = InstanceFile(Path(self.annotations)).pictures()
+            pictures = InstanceFile(self.annotations).pictures()
             self._instances = {Path(one.file_name).name: one for one in pictures}
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -107,8 +113,10 @@ class MeanTokenMaker(Callback):
             moments.merge(part)
         metadata: dict[str, Any] = {
             **describe_run(trainer, pl_module),
-            **describe_model(pl_module),
-            "annotations": self.annotations,
+            "sites": [site.name for site in pl_module.sites],
+            "annotations": None if self.annotations is None else str(self.annotations),
+            "annotations_hash": None if self.annotations is None else file_hash(self.annotations),
+            **made_now(),
             "skipped": sum(skipped for _, skipped in parts),
         }
         (site,) = (site.name for site in pl_module.sites)

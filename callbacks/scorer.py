@@ -10,30 +10,39 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
-from ..datamodules.base import PictureDataModule
-from ..datamodules.files import write_whole
+from ..datamodules.base import PictureDataModule, input_hashes
 from ..datamodules.sample import Batch
-from ..lightning_modules import Extraction, FeatureExtraction
+from ..lightning_modules import BackboneModule, Extraction, FeatureExtraction
 from ..lightning_modules.backbone.destinations import ORIGINAL
 from ..metrics import Measure, RowMetric, bootstrap, difference
+from ..records.files import write_whole
+from ..records.paths import user_path
+from ..records.provenance import KEY, Provenance, mismatch
+from .parts.numbers import log_numbers
 from .parts.processes import gather
+from .parts.run_description import covered, provenance
+from .parts.run_writer import RunWriter
 
 Rows = Mapping[str, dict[str, Any]]
+# What must be the same in a baseline.
+_ASKED_ALIKE = (
+    "weights_hash", "settings_hash", "dtype", "quantization", "attention", "precision", "max_new_tokens",
+)  # fmt: skip
 # Answers whose count has changed most that are told.
 _TOLD = 3
 
 
-class Scorer(Callback, ABC):
+class Scorer(RunWriter, ABC):
     """Base of the scoring callbacks; works in `validate`, `test`, the validation of `fit`, and `predict`.
 
     Args:
         metric: Scores a whole set; its rows become the file's predictions.
         tag: First part of the names in TensorBoard.
         text: Column of the rows with what the model said.
-        out: JSON file to write: scores with their intervals, predictions with their own values, skipped samples.
+        out: JSON file to write: scores with their intervals, predictions with their own values, skipped samples; by
+            default in the run's folder, if it has one, and not while a model is trained.
         baseline: Such a file of another run, to compare with on the samples of both.
         variant: Whose answers to score in `predict`: `original`, or the name of a destination.
     """
@@ -41,15 +50,17 @@ class Scorer(Callback, ABC):
     def __init__(
         self, metric: RowMetric, tag: str, text: str, out: str | None, baseline: str | None, variant: str
     ) -> None:
-        if baseline is not None and (out is None or Path(out) == Path(baseline)):
-            raise ValueError(f"{type(self).__name__}.baseline: set `out` too, to another file, for what has changed")
+        super().__init__(out)
         self.metric = metric
         self.tag = tag
         self.text = text
-        self.out = None if out is None else Path(out)
-        self.baseline = None if baseline is None else Path(baseline)
+        self.baseline = None if baseline is None else user_path(baseline)
         self.variant = variant
         self._before: Rows = {}
+        self._before_made: Provenance = {}
+        self._inputs: dict[str, str] = {}
+        # Whose samples are scored, where the trainer does something else besides.
+        self._stage: str | None = None
         self._skipped: list[dict[str, str]] = []
         self._losses: list[tuple[str, tuple[float, int]]] = []
 
@@ -84,7 +95,11 @@ class Scorer(Callback, ABC):
             content = read_object(self.baseline, option, "scorer", "predictions")
             if content["scorer"] != kind:
                 raise ValueError(f"{option}: {self.baseline} was written by {content['scorer']}; give a file of {kind}")
-            self._before = content["predictions"]
+            if KEY not in content:
+                raise ValueError(
+                    f"{option}: {self.baseline} does not tell what made it, as files of older versions; run it again"
+                )
+            self._before, self._before_made = content["predictions"], content[KEY]
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse what could not be done at the end."""
@@ -98,8 +113,52 @@ class Scorer(Callback, ABC):
             raise ValueError(f"{name}.variant: no {self.variant!r}; this run has {', '.join(pl_module.variants)}")
         elif pl_module.answers == "target":
             raise ValueError(f"{name} scores what the model says; use it with --model.init_args.answers generated")
+        self._stage = "validate" if stage == "fit" else None
+        self.locate_result(trainer, stage)
         if trainer.is_global_zero:
             self.prepare()
+            self.check_baseline(trainer, pl_module)
+
+    def locate_result(self, trainer: L.Trainer, stage: str) -> None:
+        """Find where the file goes; a model that is trained is only scored, unless a file is told."""
+        if stage != "fit" or self.told is not None:
+            self.locate(trainer, required=False)
+        if self.baseline is not None and (not self.writes_at_all or self.out.absolute() == self.baseline.absolute()):
+            raise ValueError(f"{type(self).__name__}.baseline: set `out` too, to another file, for what has changed")
+
+    def check_baseline(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Refuse a baseline from which more differs than what is to be compared.
+
+        It must be the same model, asked in the same way; and where it was fine-tuned or steered, so must be this one.
+
+        Raises:
+            ValueError: It is a stranger; names both values.
+        """
+        if self.baseline is None:
+            return
+        own, before = self.provenance(trainer, module), self._before_made
+        fine_tuned_from = own.get("base_weights_hash")
+        keys = [key for key in _ASKED_ALIKE if key in own]
+        if fine_tuned_from is not None and fine_tuned_from == before.get("weights_hash"):
+            keys = [key for key in keys if key not in ("weights_hash", "settings_hash")]
+        odd = mismatch(before, own, keys)
+        for key, nothing in (("destination_hash", None), ("steering", [])):
+            if odd is None and before.get(key) != nothing:
+                odd = mismatch(*({key: _applied(side.get(key))} for side in (before, own)))
+        if odd is not None:
+            raise ValueError(
+                f"{type(self).__name__}.baseline: {self.baseline} was made by another run ({odd}; its command: "
+                f"{before.get('command')}); give a file of the unsteered original, or run it again with an --out of "
+                "its own"
+            )
+
+    def provenance(self, trainer: L.Trainer, module: L.LightningModule) -> Provenance:
+        """What made the texts that are scored, and who says them."""
+        assert isinstance(module, BackboneModule)
+        made = provenance(trainer, module, self._stage)
+        hashes = made.get("checkpoint_hashes", {})
+        speaker = made.get("adapter_hash") if self.variant == ORIGINAL else hashes.get(self.variant)
+        return {**made, "variant": self.variant, "destination_hash": speaker}
 
     # --- a run --------------------------------------------------------------------------------------------
 
@@ -109,6 +168,7 @@ class Scorer(Callback, ABC):
         self.metric.to(pl_module.device)
         self._skipped = []
         self._losses = []
+        self._inputs = {}
 
     def on_validation_batch_end(
         self,
@@ -127,7 +187,7 @@ class Scorer(Callback, ABC):
         """Score, write, and log on all processes."""
         if trainer.sanity_checking:
             return
-        scores = self._score(trainer)
+        scores = self._score(trainer, pl_module)
         # Per sample and by id, the loss does not depend on batches, processes or the samplers' repetitions.
         sums, tokens = zip(*dict(sorted(gather(self._losses))).values(), strict=True)
         stage = "test" if trainer.testing else "val"
@@ -163,35 +223,42 @@ class Scorer(Callback, ABC):
 
     def on_predict_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Score and write; `self.log` is not to be had here."""
-        scores = self._score(trainer)
+        scores = self._score(trainer, pl_module)
         tag = self.tag if self.variant == ORIGINAL else f"{self.tag}/{self.variant}"
-        if trainer.is_global_zero:
-            for logger in trainer.loggers:
-                logger.log_metrics({f"{tag}/{name}": value for name, value in scores.items()}, trainer.global_step)
+        log_numbers(trainer, {f"{tag}/{name}": value for name, value in scores.items()})
 
     def _collect(self, batch: Batch, texts: list[str]) -> None:
         self._skipped += [{"sample_id": item.sample_id, "reason": item.reason} for item in batch.skipped]
         if batch.samples:
             self.add(batch, texts)
+        if self.writes_at_all:
+            self._inputs |= zip(batch.sample_ids, input_hashes(batch.samples), strict=True)
 
     # --- the result ---------------------------------------------------------------------------------------
 
-    def _score(self, trainer: L.Trainer) -> dict[str, float]:
+    def _score(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, float]:
         """The scores, on all processes; the first one finds and writes them."""
         if not any(gather([self.metric.update_called])):
             reasons = [item["reason"] for item in gather(self._skipped)]
             raise ValueError(f"no readable picture among the samples: {'; '.join(reasons[:1])}")
         rows = self.metric.gathered()
         skipped = dict(sorted((item["sample_id"], item["reason"]) for item in gather(self._skipped)))
+        self._inputs = dict(gather(sorted(self._inputs.items())))
         scores: dict[str, float] = {}
         if trainer.is_global_zero:
             measures = self._defined(rows)
             scores = {name: measure.value for name, measure in measures.items()}
-            if self.out is not None:
+            if self.writes_at_all:
+                # Asked again: of a model on the hub, only now is it known what it is.
+                self.check_baseline(trainer, module)
+                made = {
+                    KEY: self.provenance(trainer, module),
+                    "coverage": covered(trainer, len(rows), len(skipped), self._stage),
+                }
                 content = self._content(rows, measures)
-                write_scores(self.out, {**content, "scores": scores, "skipped": skipped})
-                if "changes" in content:
-                    rank_zero_info(f"{self.out}: {_told(content['changes'])}")
+                write_scores(self.out, {**made, **content, "scores": scores, "skipped": skipped})
+                changes = f"; {_told(content['changes'])}" if "changes" in content else ""
+                rank_zero_info(f"{self.out}: {made['coverage']} samples{changes}")
         return dict(trainer.strategy.broadcast(scores))
 
     def _content(self, rows: Rows, measures: dict[str, Measure]) -> dict[str, Any]:
@@ -204,7 +271,11 @@ class Scorer(Callback, ABC):
             "intervals": {name: list(scored.interval()) for name, scored in bootstrap(measures).items()},
             "samples": len(rows),
             "predictions": {
-                sample_id: {**row, **{name: _value(measure, at) for name, measure in values.items()}}
+                sample_id: {
+                    **row,
+                    **{name: _value(measure, at) for name, measure in values.items()},
+                    "input": self._inputs[sample_id],
+                }
                 for at, (sample_id, row) in enumerate(rows.items())
             },
         }
@@ -217,6 +288,11 @@ class Scorer(Callback, ABC):
                 f"{self.baseline}: has none of the {len(rows)} samples of this run; give a baseline on the same data"
             )
         for sample_id in both:
+            if self._before[sample_id].get("input") != self._inputs[sample_id]:
+                raise ValueError(
+                    f"{self.baseline}: sample {sample_id!r} had another prompt or picture than in this run; give a "
+                    "baseline on the same data"
+                )
             for column, value in rows[sample_id].items():
                 if column != self.text and self._before[sample_id].get(column) != value:
                     raise ValueError(
@@ -241,6 +317,13 @@ class Scorer(Callback, ABC):
     def _defined(self, rows: Rows) -> dict[str, Measure]:
         """Without those that no sample has a value of."""
         return {name: measure for name, measure in self.measures(rows).items() if not math.isnan(measure.value)}
+
+
+def _applied(value: Any) -> Any:
+    """What was applied, whatever file it is from."""
+    if not isinstance(value, list):
+        return value
+    return [{name: part for name, part in step.items() if name not in ("file", "dictionary")} for step in value]
 
 
 def _told(changes: dict[str, Any]) -> str:

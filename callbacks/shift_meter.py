@@ -6,19 +6,18 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from tqdm import tqdm
 
 from ..concepts import ConceptDictionary, load_dictionary
 from ..datamodules.stored_features import FeatureStore
 from .parts.concept_states import ConceptStates
-from .parts.figures import tensorboard
 from .parts.grounding import GroundingOptions
 from .parts.paired_states import PairedStates
+from .parts.run_writer import RunWriter
 from .parts.shift_measure import Moved, ShiftMeasure, ShiftOptions, learned_again
 from .parts.shift_report import write_shift
-from .parts.sources import readout_of, same_model, store_folder
+from .parts.sources import dictionary_place, readout_of, same_model, store_folder
 from .parts.trajectory import checkpoints_of
 
 # The authors look further for the words of shifted concepts.
@@ -26,7 +25,7 @@ GROUNDING = GroundingOptions(candidates=200)
 OPTIONS = ShiftOptions()
 
 
-class ShiftMeter(Callback):
+class ShiftMeter(RunWriter):
     """After `predict`, computes concept shift vectors and tests them (Representation Shift, arXiv 2501.03012).
 
     Writes `shift.safetensors`, `shift.json` and figures to `out`, of a series of checkpoints `trajectory.json` too, and
@@ -34,8 +33,8 @@ class ShiftMeter(Callback):
     destination swapped within samples, states paired at random, and random directions of equal norm.
 
     Args:
-        original: Folder in which a DictionaryFitter wrote the original's dictionary.
-        out: Folder to write.
+        original: The original's dictionary: name of a DictionaryFitter of this run, or the folder that one wrote.
+        out: Folder to write; by default `shift/<name>` in the run's folder.
         destination: The same for the destination's; by default its states are learned by the original's method. Of a
             series it is the last checkpoint's.
         features: Feature store with the states of both; by default the one that a FeatureWriter listed before this
@@ -45,10 +44,12 @@ class ShiftMeter(Callback):
         options: How the shift is measured and tested.
     """
 
+    place = "shift/{name}"
+
     def __init__(
         self,
         original: str,
-        out: str,
+        out: str | None = None,
         destination: str | None = None,
         features: str | None = None,
         destination_features: str | None = None,
@@ -57,21 +58,22 @@ class ShiftMeter(Callback):
     ) -> None:
         if destination_features is not None and destination is None:
             raise ValueError("ShiftMeter: `destination_features` needs `destination`, the dictionary of its states")
-        self.original = Path(original)
-        self.out = Path(out)
-        self.destination = None if destination is None else Path(destination)
+        super().__init__(out)
+        self.original = original
+        self.destination = destination
         self.features = features
         self.destination_features = destination_features
         self.grounding = grounding
         self.options = options
 
     @property
-    def state_key(self) -> str:
-        """Several pairs of dictionaries may be compared in one run."""
-        return f"{type(self).__name__}[{self.out}]"
+    def default_name(self) -> str:
+        """That of the original's dictionary."""
+        return Path(self.original).name
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse what could not be done at the end."""
+        self.locate(trainer)
         store_folder(trainer, self, self.features)
         self.grounding.check()
         self.options.check()
@@ -80,19 +82,19 @@ class ShiftMeter(Callback):
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Pair the states, measure, test, and write."""
         store = FeatureStore(store_folder(trainer, self, self.features))
-        original = _dictionary(self.original, store)
+        original = _dictionary(dictionary_place(trainer, self, self.original), store)
         site, selector = original.metadata["site"], original.metadata["selector"]
         device = torch.device("cpu") if pl_module.device.type == "mps" else pl_module.device
         a = ConceptStates.read(store, site, selector, original.metadata["variant"])
-        checkpoints, destination = self._destinations(store, original)
+        checkpoints, destination = self._destinations(trainer, store, original)
         measure = ShiftMeasure(original, readout_of(pl_module, store), self.grounding, self.options)
         moved: dict[str, Moved] = {}
         for name, states in tqdm(checkpoints.items(), f"{self.out}: shift", disable=len(checkpoints) < 2, leave=False):
             moved[name] = measure.move(destination, PairedStates.of(a, states, device))
-        write_shift(self.out, measure, destination, moved, store, tensorboard(trainer))
+        write_shift(self.out, measure, destination, moved, store, trainer)
 
     def _destinations(
-        self, store: FeatureStore, original: ConceptDictionary
+        self, trainer: L.Trainer, store: FeatureStore, original: ConceptDictionary
     ) -> tuple[dict[str, ConceptStates], ConceptDictionary]:
         """States of each checkpoint, and the dictionary of the last."""
         site, selector = original.metadata["site"], original.metadata["selector"]
@@ -103,7 +105,7 @@ class ShiftMeter(Callback):
             states = {name: ConceptStates.read(store, site, selector, name) for name in names}
             return states, learned_again(original, states[names[-1]])
         other = store if self.destination_features is None else FeatureStore(self.destination_features)
-        destination = _dictionary(self.destination, other)
+        destination = _dictionary(dictionary_place(trainer, self, self.destination), other)
         found = (destination.metadata["site"], destination.metadata["selector"])
         if found != (site, selector):
             raise ValueError(

@@ -2,30 +2,44 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 
 from ..concepts import ConceptDictionary, load_dictionary
 from ..datamodules.base import PictureDataModule
-from ..datamodules.stored_features import FeatureShardWriter, FeatureStore, Row, begin_store, extend_store, merge_store
+from ..datamodules.stored_features import (
+    FeatureShardWriter,
+    FeatureStore,
+    Row,
+    begin_store,
+    extend_store,
+    is_finished,
+    merge_store,
+)
 from ..lightning_modules import FineTuning
 from ..lightning_modules.backbone.destinations import ORIGINAL, step_name, step_of
 from ..lightning_modules.backbone.readout import Readout
+from ..records.files import beside, put_in_place
+from ..records.paths import user_path
+from ..records.provenance import made_now, mismatch
 from .parts.concept_states import ConceptStates
 from .parts.figures import picture_grid, tensorboard
 from .parts.grounding import GroundingOptions
+from .parts.numbers import log_numbers
 from .parts.paired_states import PairedStates
 from .parts.probe import Probe, Probed
 from .parts.processes import gather
 from .parts.run_description import describe_probe
+from .parts.run_writer import RunWriter
 from .parts.shift_measure import Moved, ShiftMeasure, ShiftOptions, learned_again
 from .parts.shift_report import show_point, write_shift
 from .parts.sources import same_model
@@ -37,10 +51,10 @@ _SHARD_ROWS = 4096
 # What is written when training ends.
 _RESULTS = ("shift.json", "shift.safetensors", "trajectory.json", "figures", "destination/dictionary.safetensors")
 # What grows, and what says nothing of what was probed.
-_NOT_COMPARED = {"variants", "versions"}
+_NOT_COMPARED = {"variants", "versions", "sites", "checkpoints", "checkpoint_hashes"}
 
 
-class ShiftMonitor(Callback):
+class ShiftMonitor(RunWriter):
     """During `fit`, measures again and again how the original's concepts have shifted, and shows it in TensorBoard.
 
     A frozen probe set is read by the original before training, and by the model every so many steps: its own answers,
@@ -63,12 +77,15 @@ class ShiftMonitor(Callback):
         selector: Selector of the states, in these answers.
         dictionary: The method, e.g. `conceptshift.concepts.KMeans`; or the folder in which a DictionaryFitter wrote the
             original's dictionary of this site and selector.
-        out: Folder to write; its name is that in TensorBoard.
+        out: Folder to write, by default `shift/<name>` in the run's folder; its name is that in TensorBoard. What an
+            earlier training has left there stays until this one has ended.
         every_n_steps: Optimizer steps between two probes.
         samples: Samples to probe, at most: the first ones.
         grounding: What the concepts are grounded in.
         options: How the shift is measured and, when training ends, tested.
     """
+
+    place = "shift/{name}"
 
     def __init__(
         self,
@@ -76,7 +93,7 @@ class ShiftMonitor(Callback):
         site: str,
         selector: str,
         dictionary: ConceptDictionary | str,
-        out: str,
+        out: str | None = None,
         every_n_steps: int = 100,
         samples: int = 256,
         grounding: GroundingOptions = GROUNDING,
@@ -89,7 +106,11 @@ class ShiftMonitor(Callback):
         self.site = site
         self.selector = selector
         self.dictionary = dictionary
-        self.out = Path(out)
+        super().__init__(out)
+        # Where it works: beside the results of an earlier training, until this one has ended.
+        self._working = Path()
+        # Tells one training from another; a resumed one goes on with it.
+        self._run = ""
         self.every_n_steps = every_n_steps
         self.samples = samples
         self.grounding = grounding
@@ -101,14 +122,22 @@ class ShiftMonitor(Callback):
         self._started = self._seconds = 0.0
 
     @property
-    def state_key(self) -> str:
-        """Several sites or words may be watched in one run."""
-        return f"{type(self).__name__}[{self.out}]"
+    def default_name(self) -> str:
+        """The word that is watched, or the selector."""
+        return re.sub(r"[^\w.-]+", "_", self.selector.rpartition(":")[2])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which training this is."""
+        return {"run": self._run}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with a training."""
+        self._run = state_dict["run"]
 
     @property
     def folder(self) -> Path:
-        """The feature store."""
-        return self.out / "features"
+        """The feature store, while training goes on."""
+        return self._working / "features"
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse what could not be done later."""
@@ -121,6 +150,7 @@ class ShiftMonitor(Callback):
                 f"ShiftMonitor runs the model outside of its training step, which {type(trainer.strategy).__name__} "
                 "does not allow; use --trainer.strategy ddp, or leave ShiftMonitor out"
             )
+        self.locate(trainer)
         self.grounding.check()
         self.options.check()
 
@@ -136,21 +166,43 @@ class ShiftMonitor(Callback):
         )  # fmt: skip
         self._skipped = gather(self._probe.skipped)
         step = trainer.global_step
-        metadata = describe_probe(trainer, pl_module, self.data, self.samples, self.site, self.selector)
-        resumed = trainer.strategy.broadcast(step > 0 and (self.folder / "states.parquet").is_file())
+        self._run = trainer.strategy.broadcast(self._run if self._run and step > 0 else uuid4().hex)
+        metadata = {
+            **describe_probe(trainer, pl_module, self.data, self.samples, self.site, self.selector),
+            "run": self._run,
+        }
+        resumed, self._working = trainer.strategy.broadcast(
+            self._choose_place(step) if trainer.is_global_zero else (False, Path())
+        )
         if resumed:
             # Refused on all processes, or the others would wait for this one.
-            if odd := trainer.strategy.broadcast(self._differs(metadata, pl_module) if trainer.is_global_zero else ""):
+            if odd := trainer.strategy.broadcast(self._differs(metadata) if trainer.is_global_zero else None):
                 raise ValueError(
-                    f"{self.folder}: holds the probes of another run ({odd} differs), so that they cannot be gone on "
-                    "with; give ShiftMonitor another `out`, or start anew without --ckpt_path"
+                    f"{self.folder}: holds the probes of another run ({odd}), so that they cannot be gone on "
+                    "with; give this one another --out, or start anew without --ckpt_path"
                 )
             self._last = trainer.strategy.broadcast(self._take_up(step) if trainer.is_global_zero else 0)
         else:
-            self._begin(trainer, pl_module, metadata)
+            self._begin(trainer, pl_module, {**metadata, **made_now()})
         if trainer.is_global_zero:
             self._measure = self._prepared(resumed)
         self._seconds += time.perf_counter() - self._started
+
+    def _choose_place(self, step: int) -> tuple[bool, Path]:
+        """Whether there are probes of this training to go on with, and where it works."""
+        new = beside(self.out)
+        for place in (new, self.out):
+            if step > 0 and is_finished(place / "features"):
+                if FeatureStore(place / "features").metadata.get("run", self._run) != self._run:
+                    continue
+                if place == self.out and (self.out / "shift.json").is_file():
+                    # It has been longer: what was measured stays until there is something in its place.
+                    shutil.rmtree(new, ignore_errors=True)
+                    shutil.copytree(self.out, new)
+                    return True, new
+                return True, place
+        shutil.rmtree(new, ignore_errors=True)
+        return False, new if (self.out / "shift.json").is_file() else self.out
 
     def _begin(self, trainer: L.Trainer, pl_module: FineTuning, metadata: Row) -> None:
         if trainer.global_step > 0 and pl_module.lora is None:
@@ -169,19 +221,14 @@ class ShiftMonitor(Callback):
 
     def _remove_results(self) -> None:
         """Let no results stand beside states that they are not of."""
-        found = [path for path in (self.out / name for name in _RESULTS) if path.exists()]
-        if found:
-            rank_zero_warn(f"{self.out}: the results of an earlier run are removed; this run writes its own")
+        found = [path for path in (self._working / name for name in _RESULTS) if path.exists()]
         for path in found:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    def _differs(self, metadata: Row, pl_module: FineTuning) -> str:
-        """The first thing in which the probes that are there are not this run's; empty where all is the same."""
+    def _differs(self, metadata: Row) -> str | None:
+        """The first thing in which the probes that are there are not this run's."""
         found = FeatureStore(self.folder).metadata
-        # A model that is trained fully is no longer the original.
-        ignored = _NOT_COMPARED | (set() if pl_module.lora else {"weights_hash"})
-        keys = sorted({*found, *metadata} - ignored)
-        return next((key for key in keys if found.get(key) != metadata.get(key)), "")
+        return mismatch(found, metadata, [key for key in metadata if key not in _NOT_COMPARED])
 
     def _take_up(self, step: int) -> int:
         """Drop what an interrupted run probed behind the checkpoint that it is resumed from."""
@@ -195,12 +242,12 @@ class ShiftMonitor(Callback):
         store = FeatureStore(self.folder)
         states = ConceptStates.read(store, self.site, self.selector, ORIGINAL)
         if isinstance(self.dictionary, str):
-            original = load_dictionary(Path(self.dictionary) / "dictionary.safetensors")
+            original = load_dictionary(user_path(self.dictionary) / "dictionary.safetensors")
             self._check(original, store)
         else:
             metadata = {"site": self.site, "selector": self.selector, "variant": ORIGINAL, "held_out": 0.0}
             original = self.dictionary.fit(states.states)
-            path = self.out / "original" / "dictionary.safetensors"
+            path = self._working / "original" / "dictionary.safetensors"
             original.save(path, {**metadata, "features": store.metadata})
             original = load_dictionary(path)
         # From the store: the unembedding of a model that is trained fully changes.
@@ -236,9 +283,8 @@ class ShiftMonitor(Callback):
             self._add(probed, [*FeatureStore(self.folder).metadata["variants"], name])
             self._show(trainer, name, step)
         self._seconds += time.perf_counter() - begun
-        writer = tensorboard(trainer) if trainer.is_global_zero else None
-        if writer is not None:
-            writer.add_scalar(f"shift/{self.out.name}/live/cost", self._cost(), step)
+        if trainer.is_global_zero:
+            log_numbers(trainer, {f"shift/{self.out.name}/live/cost": self._cost()}, step)
 
     def _cost(self) -> float:
         """Share of the time since the start that went into it."""
@@ -258,8 +304,7 @@ class ShiftMonitor(Callback):
         merge_store(self.folder, self._skipped)
 
     def _show(self, trainer: L.Trainer, name: str, step: int) -> None:
-        writer = tensorboard(trainer)
-        if writer is None:
+        if not trainer.loggers:
             return
         states = self._states([name])[name]
         assert self._measure is not None
@@ -267,7 +312,10 @@ class ShiftMonitor(Callback):
         moved = self._moved({name: states}, learned_again(self._measure.original, states))[name]
         seen = point(name, step, moved, moved)
         del seen["means"]["aligned"]
-        show_point(writer, f"{self.out.name}/live", seen)
+        show_point(trainer, f"{self.out.name}/live", seen)
+        writer = tensorboard(trainer)
+        if writer is None:
+            return
         labels = [
             f"{row['concept']}: {' '.join(row['words_shifted'][:3]) if row['samples'] else 'no sample'}"
             for row in seen["concepts"]
@@ -303,9 +351,11 @@ class ShiftMonitor(Callback):
         states = self._states(names)
         destination = learned_again(self._measure.original, states[names[-1]])
         metadata = {**self._measure.original.metadata, "variant": names[-1], "features": store.metadata}
-        destination.save(self.out / "destination" / "dictionary.safetensors", metadata)
+        destination.save(self._working / "destination" / "dictionary.safetensors", metadata)
         moved = self._moved(states, destination)
-        write_shift(self.out, self._measure, destination, moved, store, tensorboard(trainer))
+        write_shift(self._working, self._measure, destination, moved, store, trainer, self.out.name)
+        if self._working != self.out:
+            put_in_place(self._working, self.out)
         self._seconds += time.perf_counter() - begun
         rank_zero_info(
             f"{self.out}: probed the original and {len(names)} steps, in {100 * while_training:.1f} % of the training "

@@ -13,7 +13,7 @@ from ..lightning_modules import BackboneModule, SteeringStep
 from ..lightning_modules.backbone import Steering
 from ..lightning_modules.backbone.interventions import Applied
 from .parts.processes import gather
-from .parts.steering_checks import try_on_longest_prompt, warn_of_other_weights
+from .parts.steering_checks import check_weights, try_on_longest_prompt
 
 
 class Steerer(Callback):
@@ -48,7 +48,7 @@ class Steerer(Callback):
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Try the vectors on the first sample, then begin to steer."""
         assert isinstance(pl_module, BackboneModule)
-        warn_of_other_weights([step.file for step in self.vectors], pl_module.backbone)
+        check_weights([step.file for step in self.vectors], pl_module.backbone)
         try_on_longest_prompt(trainer, pl_module, [self._loaded])
         self._applied = self._active.enter_context(pl_module.backbone.intervene(*self._loaded))
 

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch import Tensor
 
@@ -26,9 +25,10 @@ from ..concepts import (
     with_length,
 )
 from ..datamodules.stored_features import FeatureStore
-from ..lightning_modules.steering import dictionary_file, dictionary_hash
+from ..records.provenance import made_now
+from .parts.run_writer import RunWriter
 from .parts.sources import store_folder
-from .parts.state_set_checks import check_dictionary, check_sites, check_states
+from .parts.state_set_checks import check_dictionary, check_sites, check_states, dictionary_file, located
 from .parts.state_sets import SelectedStates, StateSet
 
 # Sides of fewer states are told of.
@@ -43,29 +43,32 @@ _OF_STATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-class SteeringVectorMaker(Callback):
+class SteeringVectorMaker(RunWriter):
     """After `predict`, writes steering vectors from one set of states to another (arXiv 2501.03012, section 3.3).
 
     Args:
         site: Site, or several, at which the states were read and at which the vectors will be applied.
         target: States of what the model shall do.
         source: States of what it does.
-        out: File to write, with a vector for each site.
+        out: File to write, with a vector for each site; by default `vectors/<name>.safetensors` in the run's folder.
         method: `coarse`: mean(target) − mean(source); `principal`: the direction in which most pairs of target and
             source states of one sample differ; `probe`: the direction of a logistic regression that tells them apart;
             `fine`: for each concept of the source the way to the nearest one of the target.
-        dictionary: Folder or file of the dictionary whose concepts `fine` goes between; of the one site.
+        dictionary: The dictionary whose concepts `fine` goes between, of the one site: name of a DictionaryFitter of
+            this run, or a folder or file.
         norm: `natural`: as far as target and source lie apart; `unit`: 1.
         shuffled: Number of controls of the same length, made from states whose labels are shuffled.
         seed: Seed of the shuffling, and of the folds in which a probe is tested.
     """
+
+    place = "vectors/{name}.safetensors"
 
     def __init__(
         self,
         site: str | list[str],
         target: StateSet,
         source: StateSet,
-        out: str,
+        out: str | None = None,
         method: Method = "coarse",
         dictionary: str | None = None,
         norm: Literal["natural", "unit"] = "natural",
@@ -81,22 +84,19 @@ class SteeringVectorMaker(Callback):
             raise ValueError(f"SteeringVectorMaker.site: a dictionary is of one site, got {', '.join(self.sites)}")
         if shuffled < 0:
             raise ValueError(f"SteeringVectorMaker.shuffled must be at least 0, got {shuffled}")
+        super().__init__(out)
         self.target = target
         self.source = source
-        self.out = Path(out)
         self.method = method
         self.dictionary = dictionary
+        self._file: Path | None = None
         self.norm = norm
         self.shuffled = shuffled
         self.seed = seed
 
-    @property
-    def state_key(self) -> str:
-        """Several vectors may be made in one run."""
-        return f"{type(self).__name__}[{self.out}]"
-
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse what could not be done at the end."""
+        self.locate(trainer)
         if self.dictionary is not None:
             check_dictionary(trainer, self, self.dictionary, self.sites[0])
         for side in (self.target, self.source):
@@ -111,8 +111,10 @@ class SteeringVectorMaker(Callback):
     @rank_zero_only
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Make the vectors, and write."""
+        if self.dictionary is not None:
+            self._file = dictionary_file(trainer, self, self.dictionary)
         target, source = (
-            side.read(FeatureStore(store_folder(trainer, self, side.features)), self.sites[0])
+            located(trainer, self, side).read(FeatureStore(store_folder(trainer, self, side.features)), self.sites[0])
             for side in (self.target, self.source)
         )
         metadata: dict[str, Any] = {
@@ -147,10 +149,9 @@ class SteeringVectorMaker(Callback):
                 f"{self.out}: {self.method} vector at {site} from {len(source.rows)} source to {len(target.rows)} "
                 f"target states, {told}"
             )
-        if self.dictionary is not None:
-            file = dictionary_file(self.dictionary)
-            metadata |= {"dictionary": str(file), "dictionary_hash": dictionary_hash(load_dictionary(file))}
-        SteeringVectors(vectors, shuffled, metadata).save(self.out)
+        if self._file is not None:
+            metadata |= {"dictionary": str(self._file), "dictionary_hash": load_dictionary(self._file).content_hash}
+        SteeringVectors(vectors, shuffled, {**metadata, **made_now()}).save(self.out)
 
     def _make(self, target: Tensor, source: Tensor) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
         """The vector of one site, its controls, and what is to be known of it.
@@ -163,7 +164,8 @@ class SteeringVectorMaker(Callback):
         if self.dictionary is None:
             make, labelled = _OF_STATES[self.method], (target, source)
         else:
-            dictionary = load_dictionary(dictionary_file(self.dictionary))
+            assert self._file is not None
+            dictionary = load_dictionary(self._file)
             labelled = (dictionary.assign(target), dictionary.assign(source))
             facts["concept_pairs"] = cluster_vectors(dictionary.dictionary, *labelled)[1]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
@@ -15,17 +14,18 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
 from ..datamodules.base import PictureDataModule
-from ..datamodules.files import write_json, write_whole
 from ..datamodules.sample import Batch, Sample
 from ..datamodules.word_classes import word_class
 from ..lightning_modules import SteeringSweep
-from ..lightning_modules.backbone.destinations import DESTINATION
 from ..metrics import normalize_answer
+from ..records.files import write_json, write_whole
+from ..records.provenance import KEY, made_now
 from .parts.journal import Journal
 from .parts.processes import gather
 from .parts.questions import check_questions
-from .parts.run_description import describe_sweep
-from .parts.steering_checks import try_on_longest_prompt, warn_of_other_weights
+from .parts.run_description import covered, describe_sweep
+from .parts.run_writer import RunWriter
+from .parts.steering_checks import check_weights, try_on_longest_prompt
 from .parts.sweep_figures import show_sweep
 from .parts.sweep_scores import Target, clear_directions, score_sweep
 from .steerer import Steerer
@@ -66,25 +66,28 @@ class SweepTarget:
         return Target(words=word_class(self.words or ()), avoid=self.avoid)
 
 
-class SweepScorer(Callback):
+class SweepScorer(RunWriter):
     """Writes what a `SteeringSweep` answers, and scores its runs when all samples have been answered.
 
     An interrupted sweep, started again, goes on where it stopped.
 
     Args:
-        out: Folder. Each target has a folder in it: `sweep.json` (scores of its runs), `samples.parquet` (every text
-            with its values) and figures. What was asked of which picture is in `samples.json`.
         targets: What is to be brought about.
+        out: Folder; by default the run's. Each target has a folder in it: `sweep.json` (scores of its runs),
+            `samples.parquet` (every text with its values) and figures. What was asked of which picture is in
+            `samples.json`.
         overwrite: Begin anew, whatever is there.
     """
 
-    def __init__(self, out: str, targets: list[SweepTarget], overwrite: bool = False) -> None:
+    place = ""
+
+    def __init__(self, targets: list[SweepTarget], out: str | None = None, overwrite: bool = False) -> None:
         if not targets or len({target.name for target in targets}) < len(targets):
             raise ValueError("SweepScorer.targets: expected at least one, with names of their own")
-        self.out = Path(out)
+        super().__init__(out)
         self.targets = targets
         self.goals = {target.name: target.goal() for target in targets}
-        self.journal = Journal(self.out, overwrite)
+        self.overwrite = overwrite
         self._skipped: dict[str, str] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -101,6 +104,8 @@ class SweepScorer(Callback):
         data = getattr(trainer, "datamodule", None)
         if not isinstance(data, PictureDataModule):
             raise TypeError("SweepScorer needs a data module of pictures: --data CaptionDataModule or VQADataModule")
+        self.locate(trainer)
+        self.journal = Journal(self.out, self.overwrite)
         samples = data.samples("predict")
         for target in self.targets:
             _check_goal(target.name, self.goals[target.name], samples)
@@ -118,14 +123,11 @@ class SweepScorer(Callback):
         """Try every steering on the first sample, then prepare the folder."""
         assert isinstance(pl_module, SteeringSweep)
         steered = [steering for run, steering in pl_module.steerings.items() if steering and run.kind == "steered"]
-        warn_of_other_weights(pl_module.files.values(), pl_module.backbone)
+        check_weights(pl_module.files.values(), pl_module.backbone)
         try_on_longest_prompt(trainer, pl_module, [[steering] for steering in steered])
-        if trainer.is_global_zero:
-            backbone = pl_module.backbone
-            hashes = {"weights_hash": backbone.weights_hash(), "adapter_hash": backbone.destination_hash(DESTINATION)}
-            if self.journal.begin({**describe_sweep(trainer, pl_module), **hashes}):
-                for path in self.out.glob("*/sweep.json"):
-                    path.unlink()
+        if trainer.is_global_zero and self.journal.begin({**describe_sweep(trainer, pl_module), **made_now()}):
+            for path in self.out.glob("*/sweep.json"):
+                path.unlink()
         trainer.strategy.barrier()
         self._skipped = {}
 
@@ -182,7 +184,13 @@ class SweepScorer(Callback):
             texts = {run.name: {i: of_sample[run.name] for i, of_sample in answered.items()} for run in runs}
             of_these = {i: samples[i] for i in answered}
             quality, rows, values = score_sweep(runs, texts, of_these, self.goals[target.name])
-            facts = {"quality": quality, "samples": len(answered), "skipped": skipped}
+            facts = {
+                "quality": quality,
+                "samples": len(answered),
+                "skipped": skipped,
+                "coverage": covered(trainer, len(answered), len(skipped)),
+                KEY: {**self.journal.description(), **made_now()},
+            }
             self._write(target.name, rows, values, facts, trainer)
 
     def _write(
@@ -205,7 +213,7 @@ class SweepScorer(Callback):
         }
         write_whole(folder / "samples.parquet", lambda path: pq.write_table(pa.Table.from_pylist(values), path))
         write_json(folder / "sweep.json", sweep)
-        show_sweep(sweep, folder, trainer.loggers)
+        show_sweep(sweep, folder, trainer)
         best = [row for row in rows if row["pareto"] and row["kind"] == "steered"]
         rank_zero_info(f"{folder}: {len(rows)} runs of {facts['samples']} samples, {len(best)} on the Pareto front")
 

@@ -6,20 +6,20 @@ import json
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from ..datamodules.files import write_json
 from ..lightning_modules import FineTuning
 from ..lightning_modules.backbone.parts import PARTS, Part, enclosing, part_finder
+from ..records.files import write_json
 from .parts.figures import tensorboard
+from .parts.numbers import log_numbers
 from .parts.processes import SHARDING, gather
+from .parts.run_writer import RunWriter
 
 # After so many backward passes behind the first step, zero gradients are no accident: a gradient scaler skips fewer.
 _PASSES = 10
@@ -40,7 +40,7 @@ class PartAudit:
     parameters: int = 0
 
 
-class TrainingAudit(Callback):
+class TrainingAudit(RunWriter):
     """Prints what is trained as `fit` starts, and stops the run if a trainable parameter gets no gradient.
 
     The table has, for each part of the model, the kinds of modules that are trained or adapted, with their number, and
@@ -51,11 +51,13 @@ class TrainingAudit(Callback):
     counts as used if one of them uses it. Strategies that shard parameters are not audited.
 
     Args:
-        out: JSON file to write the table to.
+        out: JSON file to write the table to; by default `training_audit.json` in the run's folder, if it has one.
     """
 
+    place = "training_audit.json"
+
     def __init__(self, out: str | None = None) -> None:
-        self.out = None if out is None else Path(out)
+        super().__init__(out)
         self._watching = False
         self._unused: dict[str, Parameter] = {}
         self._stepped = False
@@ -65,6 +67,7 @@ class TrainingAudit(Callback):
         """Show what is trained."""
         if not isinstance(pl_module, FineTuning):
             raise TypeError(f"TrainingAudit audits a FineTuning module, got {type(pl_module).__name__}")
+        self.locate(trainer, required=False)
         self._watching = not isinstance(trainer.strategy, SHARDING)
         if not self._watching:
             rank_zero_warn(
@@ -81,10 +84,11 @@ class TrainingAudit(Callback):
     def _show(self, trainer: L.Trainer, rows: dict[Part, PartAudit], title: str) -> None:
         text = audit_table(rows, title)
         print(f"\n{text}\n", flush=True)
+        log_numbers(trainer, {f"trainable_parameters/{part}": row.trainable for part, row in rows.items()})
         if (writer := tensorboard(trainer)) is not None:
             # Markdown takes lines behind four spaces as they are.
             writer.add_text("training_audit", "\n".join(f"    {line}" for line in text.splitlines()))
-        if self.out is not None:
+        if self.writes_at_all:
             write_json(self.out, {part: vars(row) for part, row in rows.items()})
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

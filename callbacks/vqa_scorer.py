@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -10,6 +9,8 @@ import lightning as L
 from ..datamodules.base import PictureDataModule
 from ..datamodules.sample import Batch
 from ..metrics import Measure, VQAAccuracy, answer_counts, learn_answer_types, normalize_answer, predicted_types
+from ..records.hashes import file_hash
+from ..records.paths import user_path
 from .parts.questions import check_questions
 from .scorer import Rows, Scorer, read_object
 
@@ -18,13 +19,16 @@ class VQAScorer(Scorer):
     """Official VQA accuracy, overall, per answer type and per question type, and the count of each answer.
 
     Args:
-        out: JSON file to write: scores with 95 % intervals, answers with their accuracy, counts, skipped samples.
+        out: JSON file to write: scores with 95 % intervals, answers with their accuracy, counts, skipped samples;
+            by default `answers.json` in the run's folder, if it has one, and not while a model is trained.
         baseline: File that a VQAScorer wrote for another run, usually the unsteered one: what has changed since then
             is written too.
         variant: Whose answers to score in `predict`: `original`, or the name of a destination.
         training_annotations: Annotation file of VQAv2's training questions, from which the type of each answer is
             learned: which types of answers the model gives to each type of question is written too.
     """
+
+    place = "answers{variant}.json"
 
     def __init__(
         self,
@@ -34,14 +38,14 @@ class VQAScorer(Scorer):
         training_annotations: str | None = None,
     ) -> None:
         super().__init__(VQAAccuracy(), "vqa", "prediction", out, baseline, variant)
-        if training_annotations is not None and out is None:
-            raise ValueError("VQAScorer.training_annotations: set `out` too, for the types of the answers")
-        self.training_annotations = None if training_annotations is None else Path(training_annotations)
+        self.training_annotations = None if training_annotations is None else user_path(training_annotations)
         self._types: dict[str, str] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse what could not be done at the end."""
         super().setup(trainer, pl_module, stage)
+        if self.training_annotations is not None and not self.writes_at_all:
+            raise ValueError("VQAScorer.training_annotations: set `out` too, for the types of the answers")
         data = getattr(trainer, "datamodule", None)
         if isinstance(data, PictureDataModule):
             check_questions(data.samples("validate" if stage == "fit" else stage))
@@ -83,6 +87,7 @@ class VQAScorer(Scorer):
         counts = answer_counts(row["prediction"] for row in rows.values())
         summary: dict[str, Any] = {"answers": dict(counts.most_common())}
         if self.training_annotations is not None:
+            summary["training_annotations_hash"] = file_hash(self.training_annotations)
             summary["predicted_types"] = predicted_types(rows.values(), self._types)
         return summary
 

@@ -14,8 +14,8 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from ..datamodules.files import write_whole
 from ..lightning_modules.backbone.structure import Structure
+from ..records.files import write_whole
 from .command import run_command
 
 # Default configurations that describe no model; what is changed here does not move any part.

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 import yaml
 
 from ..datamodules import CaptionDataModule, VQADataModule
-from ..datamodules.files import write_json
 from ..datamodules.shapes import write_shapes
+from ..records.files import write_json
 from . import lightning_cli
 from .command import run_command
 from .mean_token import mean_token

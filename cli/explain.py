@@ -13,11 +13,11 @@ from ..callbacks.parts.grounding import GroundingOptions, words_of
 from ..callbacks.parts.heat_maps import concept_overlays
 from ..concepts import ConceptDictionary, load_dictionary
 from ..datamodules.annotations import read_annotations
-from ..datamodules.files import write_json, write_whole
 from ..datamodules.images import BadImageError, read_image
 from ..lightning_modules import VisionLanguageModel
 from ..lightning_modules.backbone import Generation, Selector, Site
 from ..lightning_modules.backbone.readout import Readout
+from ..records.files import write_json, write_whole
 from .command import run_command
 from .dictionary_source import DictionarySource
 from .explain_figure import Explanation, explain_figure

@@ -13,13 +13,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .. import __version__
-from ..datamodules.files import replacing
 from ..datamodules.foreign_features import ForeignFeatures, sample_ids
 from ..datamodules.stored_features import FeatureShardWriter, FeatureStore, Row, begin_store, merge_store
 from ..lightning_modules import VisionLanguageModel
 from ..lightning_modules.backbone import Selector
 from ..lightning_modules.backbone.destinations import DESTINATION, ORIGINAL
 from ..lightning_modules.backbone.readout import Readout
+from ..records.files import replacing
 from .command import run_command
 
 _SHARD_ROWS = 4096

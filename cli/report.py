@@ -10,8 +10,8 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from ..datamodules.files import write_whole
 from ..datamodules.images import BadImageError, read_image
+from ..records.files import write_whole
 from .command import run_command
 from .report_concepts import dictionary_view
 from .report_dictionaries import Fitted, comparison_view, ordered

@@ -13,6 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..records.paths import user_path
+
 _HEADER = "conceptshift"
 
 
@@ -44,7 +46,7 @@ def save_artifact(
         ValueError: if `metadata` is not JSON.
         OSError: if the file cannot be written (full disk, no permission); no partial file stays.
     """
-    path = Path(path)
+    path = user_path(path)
     stored = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     digest = content_hash(stored)
     header = {"kind": kind, "content_hash": digest, "metadata": dict(metadata)}
@@ -88,7 +90,7 @@ def load_artifact(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Te
     Raises:
         ValueError: if the file is missing, truncated or altered, no safetensors, or of another kind.
     """
-    tensors, header = _read(Path(path))
+    tensors, header = _read(user_path(path))
     try:
         found, digest, metadata = header["kind"], header["content_hash"], header["metadata"]
     except KeyError as error:

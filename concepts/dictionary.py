@@ -19,7 +19,7 @@ from torch import Tensor
 from ._averages import rows_of
 from ._precision import full_precision
 from ._validation import as_rows, check_whole
-from .artifacts import load_artifact, save_artifact
+from .artifacts import content_hash, load_artifact, save_artifact
 from .report import FitReport
 from .rows import Rows, squared_norms
 
@@ -228,6 +228,16 @@ class ConceptDictionary(ABC):
         rows = rows_of(assignment, self.n_concepts, len(code))
         means = torch.stack([code[own.to(code.device), k].sum() / max(len(own), 1) for k, own in enumerate(rows)])
         return means.where(means > 0, 1)
+
+    @property
+    def content_hash(self) -> str:
+        """Tells what was learned apart: a hash of all its tensors.
+
+        Raises:
+            ValueError: if the dictionary is not fitted.
+        """
+        self._fitted()
+        return content_hash(self._tensors)
 
     def save(self, path: str | os.PathLike[str], metadata: Mapping[str, Any]) -> None:
         """Write the dictionary to one safetensors file.

@@ -6,11 +6,11 @@ Notation: D hidden size, K concepts, S shuffled controls.
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from ..records.paths import user_path
 from ._validation import as_rows
 from .artifacts import load_artifact, save_artifact
 from .gguf_vectors import read_gguf, write_gguf
@@ -75,7 +75,7 @@ class SteeringVectors:
 
     def save_gguf(self, path: str | os.PathLike[str], model_hint: str) -> None:
         """Write them as a control vector of llama.cpp, without the controls; see `write_gguf` for the errors."""
-        write_gguf(Path(path), self.vectors, self.metadata, model_hint)
+        write_gguf(user_path(path), self.vectors, self.metadata, model_hint)
 
 
 def _checked(site: str, vector: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ def load_steering_vectors(path: str | os.PathLike[str]) -> SteeringVectors:
     Raises:
         ValueError: if the file is missing, damaged, or holds something else.
     """
-    path = Path(path)
+    path = user_path(path)
     if path.suffix == ".gguf":
         vectors, metadata = read_gguf(path)
         shuffled: dict[str, Tensor] = {}

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..records.paths import user_path
+
 
 def data_folder(path: str | Path) -> Path:
     """Check that a data folder exists.
@@ -13,7 +15,7 @@ def data_folder(path: str | Path) -> Path:
     Raises:
         FileNotFoundError: It does not.
     """
-    folder = Path(path).expanduser()
+    folder = user_path(path)
     if not folder.is_dir():
         raise FileNotFoundError(
             f"{folder}: no such data folder; set --data.init_args.root, or make one with "

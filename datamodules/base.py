@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,11 +14,15 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
+from ..records.hashes import file_hashes, joined_hash, value_hash
+from ..records.paths import user_path
 from .annotations import data_folder
 from .images import BadImageError, read_image
 from .sample import Batch, Encoder, Sample, SkippedSample
 
 Item = tuple[Sample, Image.Image] | SkippedSample
+# What is hashed apart, by its content.
+_FIELDS = tuple(field.name for field in fields(Sample) if field.name not in ("image", "instances"))
 
 
 class _Pictures(Dataset[Item]):
@@ -47,6 +53,37 @@ def read_item(sample: Sample, content: bytes | None, skip_bad_images: bool) -> I
         if not skip_bad_images:
             raise
         return SkippedSample(sample.sample_id, str(error))
+
+
+def picture_hashes(samples: Sequence[Sample]) -> list[str]:
+    """SHA-256 of each sample's picture file; where there is none (embedded pictures are named by content), its name."""
+    there = cache(Path.is_file)
+    paths = [sample.image for sample in samples]
+    hashes = iter(file_hashes([path for path in paths if there(path)]))
+    return [next(hashes) if there(path) else path.name for path in paths]
+
+
+def samples_hash(samples: Sequence[Sample]) -> str:
+    """Hash of all that samples have, pictures by content, whatever their order."""
+    rows = [
+        (sample.sample_id, _sample_hash(sample, picture))
+        for sample, picture in zip(samples, picture_hashes(samples), strict=True)
+    ]
+    return joined_hash(part for row in sorted(rows) for part in row)
+
+
+def input_hashes(samples: Sequence[Sample]) -> list[str]:
+    """Hash of what the model is shown of each sample: its prompt, and its picture by content."""
+    return [
+        value_hash([sample.prompt, picture]) for sample, picture in zip(samples, picture_hashes(samples), strict=True)
+    ]
+
+
+def _sample_hash(sample: Sample, picture: str) -> str:
+    instances = [
+        [one.category, {name: str(value) for name, value in one.segmentation.items()}] for one in sample.instances
+    ]
+    return value_hash([picture, instances, {name: getattr(sample, name) for name in _FIELDS}])
 
 
 class _Collate:
@@ -124,7 +161,7 @@ class PictureDataModule(L.LightningDataModule, ABC):
             raise ValueError(f"--data.init_args.batch_size must be at least 1, got {batch_size}")
         if limit is not None and limit < 1:
             raise ValueError(f"--data.init_args.limit must be at least 1, got {limit}; leave it out for all")
-        self.root = Path(root).expanduser()
+        self.root = user_path(root)
         self.prompt = prompt
         self.splits = {
             "fit": train_split,
@@ -140,6 +177,8 @@ class PictureDataModule(L.LightningDataModule, ABC):
         # A resumed extraction sets this to the samples whose states are already on disk.
         self.exclude_ids: frozenset[str] = frozenset()
         self._samples: dict[str, list[Sample]] = {}
+        self._available: dict[str, int] = {}
+        self._hashes: dict[tuple[str, int | None], str] = {}
 
     @abstractmethod
     def read(self, split: str, training: bool) -> list[Sample]:
@@ -174,15 +213,37 @@ class PictureDataModule(L.LightningDataModule, ABC):
         """The samples of `fit`, `validate`, `test` or `predict`, after `setup`."""
         return self._samples[stage]
 
-    def describe(self, stage: str) -> dict[str, Any]:
-        """What the samples of a stage depend on, for the metadata of what is made from them."""
+    def describe(self, stage: str, most: int | None = None) -> dict[str, Any]:
+        """What the samples of a stage depend on, for the metadata of what is made from them.
+
+        After `setup` also how many `samples` these are, `of` how many (where that is known) before the limit, and a
+        `hash` of their ids, texts and pictures.
+
+        Args:
+            stage: `fit`, `validate`, `test` or `predict`.
+            most: Only the first samples are taken, so many at most.
+        """
         return {
             "class": type(self).__name__,
             "root": str(self.root),
             "prompt": self.prompt,
             "split": self.splits[stage],
             "limit": self.limit,
+            **self.content(stage, most),
         }
+
+    def content(self, stage: str, most: int | None = None) -> dict[str, Any]:
+        """What the samples of a stage are, whatever they were read from; nothing before `setup`, or of a stream."""
+        if stage not in self._samples:
+            return {}
+        if (stage, most) not in self._hashes:
+            self._hashes[stage, most] = samples_hash(self.samples(stage)[:most])
+        samples = len(self.samples(stage)[:most])
+        return {"samples": samples, "of": self.available(stage), "hash": self._hashes[stage, most]}
+
+    def available(self, stage: str) -> int | None:
+        """How many samples a stage would have without a limit, if that is known."""
+        return self._available.get(stage)
 
     def _read_all(self, stage: str) -> list[Sample]:
         samples: list[Sample] = []
@@ -192,6 +253,7 @@ class PictureDataModule(L.LightningDataModule, ABC):
             filters = " and ".join(self.filters(training=stage == "fit"))
             with_words = f" with words of {filters}; choose others" if filters else ""
             raise ValueError(f"{self.root}: split {self.splits[stage]!r} has no samples for `{stage}`{with_words}")
+        self._available[stage] = len(samples)
         return self.limited(samples)
 
     def limited(self, samples: list[Sample]) -> list[Sample]:

@@ -77,9 +77,9 @@ class ColumnsDataModule(PictureDataModule):
         self.labels = labels
         self._source = source
 
-    def describe(self, stage: str) -> dict[str, Any]:
+    def describe(self, stage: str, most: int | None = None) -> dict[str, Any]:
         """What the samples of a stage depend on."""
-        return {**super().describe(stage), "columns": self.columns, "labels": self.labels}
+        return {**super().describe(stage, most), "columns": self.columns, "labels": self.labels}
 
     def _read_all(self, stage: str) -> list[Sample]:
         ids: set[str] = set()

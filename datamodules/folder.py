@@ -48,6 +48,16 @@ class FolderDataModule(ColumnsDataModule):
         rows = self._with_labels(split, self._rows(split))
         return [row.sample(self._picture(row), self.prompt) for row in islice(rows, self.limit)]
 
+    def available(self, stage: str) -> int | None:
+        """The lines of a stage's files; not known where `labels` choose among them."""
+        if self.labels is not None:
+            return None
+        return sum(self._lines(split) for split in self.splits[stage].split("+"))
+
+    def _lines(self, split: str) -> int:
+        with (self.root / f"{split}.jsonl").open("rb") as file:
+            return sum(bool(line.strip()) for line in file)
+
     def _rows(self, split: str) -> Iterator[Row]:
         path = self.root / f"{split}.jsonl"
         if not path.is_file():

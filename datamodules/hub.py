@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from ..records.files import write_whole
+from ..records.paths import user_path
 from .columns import ColumnsDataModule
-from .files import write_whole
 from .images import image_path
 from .row import Row
 from .sample import Batch, Encoder, Sample
@@ -80,11 +81,12 @@ class HubDataModule(ColumnsDataModule):
     ) -> None:
         super().__init__(path, pictures, train_split, val_split, test_split, predict_split, image, **options)
         self.path = path
-        self.folder = Path(path).expanduser() if Path(path).expanduser().is_dir() else None
+        self.folder = folder if (folder := user_path(path)).is_dir() else None
         self.name = name
         self.revision = revision
         self.streaming = streaming
         self._hash = ""
+        self._rows_declared: dict[str, int | None] = {}
 
     def setup(self, stage: str) -> None:
         """Read the rows of a stage, and write their pictures where that has not been done; of a stream, one row."""
@@ -107,18 +109,30 @@ class HubDataModule(ColumnsDataModule):
             return super().samples(stage)
         return [self._sample(row)[0] for row in self._rows(stage, listing=True)]
 
-    def describe(self, stage: str) -> dict[str, Any]:
-        """What the samples of a stage depend on; `hash`, known after `setup`, is of the commit or the local files."""
-        described = super().describe(stage)
+    def describe(self, stage: str, most: int | None = None) -> dict[str, Any]:
+        """What the samples of a stage depend on; `fingerprint`, known after `setup`, is of the commit or local files.
+
+        So is the `hash` of a stream, whose samples are not at hand.
+        """
+        described = super().describe(stage, most)
         # Where embedded pictures are written does not matter.
         del described["root"]
         return {
+            "hash": self._hash,
             **described,
             "path": self.path,
             "name": self.name,
             "revision": self.revision,
-            "hash": self._hash,
+            "fingerprint": self._hash,
         }
+
+    def available(self, stage: str) -> int | None:
+        """As many rows as the data set declares, unless `labels` choose among them."""
+        if self.limit is None:
+            return super().available(stage)
+        counts = [self._rows_declared.get(split) for split in self.splits[stage].split("+")]
+        known = [count for count in counts if count is not None]
+        return sum(known) if self.labels is None and len(known) == len(counts) else None
 
     def read(self, split: str, training: bool) -> list[Sample]:
         """Read one split; see the class for what a sample is."""
@@ -202,6 +216,7 @@ class HubDataModule(ColumnsDataModule):
         if split not in splits:
             raise ValueError(f"{self.path}: no split {split!r}; it has {', '.join(splits)}")
         self._hash = builder.hash
+        self._rows_declared = {name: one.num_examples for name, one in (builder.info.splits or {}).items()}
         rows = splits[split]
         # JSON has no declared columns.
         features: Mapping[str, Any] = rows.features or dict.fromkeys(next(iter(self._one_by_one(rows)), {}))

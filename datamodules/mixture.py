@@ -47,9 +47,15 @@ class MixtureDataModule(PictureDataModule):
         """Not used: each part reads its own splits."""
         raise NotImplementedError
 
-    def describe(self, stage: str) -> dict[str, Any]:
+    def describe(self, stage: str, most: int | None = None) -> dict[str, Any]:
         """What each part depends on."""
-        return {"class": type(self).__name__, "parts": [part.describe(stage) for part in self.parts]}
+        described = {"class": type(self).__name__, "parts": [part.describe(stage) for part in self.parts]}
+        return {**described, **self.content(stage, most)}
+
+    def available(self, stage: str) -> int | None:
+        """As many as its parts would have together."""
+        counts = [part.available(stage) for part in self.parts]
+        return None if None in counts else sum(count for count in counts if count is not None)
 
     def _read_all(self, stage: str) -> list[Sample]:
         return [

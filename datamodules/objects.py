@@ -8,6 +8,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+from ..records.hashes import file_hash
+from ..records.paths import user_path
 from .annotations import read_annotations
 from .base import PictureDataModule
 from .captioning import CAPTION_PROMPT
@@ -99,13 +101,13 @@ class ObjectDataModule(PictureDataModule):
         self.most_area = most_area
         self.polling_prompt = polling_prompt
         self.vqa_prompt = vqa_prompt
-        self.synonyms = None if synonyms is None else Path(synonyms).expanduser()
+        self.synonyms = None if synonyms is None else user_path(synonyms)
         self.names = ObjectNames({})
 
-    def describe(self, stage: str) -> dict[str, Any]:
+    def describe(self, stage: str, most: int | None = None) -> dict[str, Any]:
         """What the samples of a stage depend on."""
         return {
-            **super().describe(stage),
+            **super().describe(stage, most),
             "settings": self.settings,
             "annotations": self.annotations,
             "categories": self.categories,
@@ -114,7 +116,12 @@ class ObjectDataModule(PictureDataModule):
             "polling_prompt": self.polling_prompt,
             "vqa_prompt": self.vqa_prompt,
             "synonyms": None if self.synonyms is None else str(self.synonyms),
+            "synonyms_hash": None if self.synonyms is None else file_hash(self.synonyms),
         }
+
+    def available(self, stage: str) -> int | None:
+        """Not known with a limit: the masks behind it are not read."""
+        return super().available(stage) if self.limit is None else None
 
     def limited(self, samples: list[Sample]) -> list[Sample]:
         """All samples of the first `limit` pictures."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import lightning as L
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ..records.paths import user_path
 from .stored_features import FeatureStore
 
 
@@ -55,7 +55,7 @@ class StoredFeatures(L.LightningDataModule):
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"--data.init_args.batch_size must be at least 1, got {batch_size}")
-        self.folder = Path(folder)
+        self.folder = user_path(folder)
         self.batch_size = batch_size
         self.num_workers = num_workers
         self._store: FeatureStore | None = None

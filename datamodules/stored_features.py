@@ -22,7 +22,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .files import replacing, write_json, write_whole
+from ..records.files import replacing, write_json, write_whole
+from ..records.paths import user_path
+from ..records.provenance import mismatch
 
 STATE_COLUMNS = pa.schema(
     [
@@ -47,9 +49,13 @@ SAMPLE_COLUMNS = pa.schema(
         ("references", pa.list_(pa.string())),
         ("answers", pa.list_(pa.string())),
         ("label", pa.string()),
+        ("input", pa.string()),
     ]
 )
-"""One row a sample and variant: the picture, what was asked, what the model answered, and what the data say of it."""
+"""One row a sample and variant: the picture, what was asked, what the model answered, and what the data say of it.
+
+`input` is a hash of the prompt and of the picture's content.
+"""
 
 Row = dict[str, Any]
 # States that are held at a time where a store is larger than memory.
@@ -112,6 +118,39 @@ class FeatureShardWriter:
         self._samples, self._states, self._tensors = [], [], {}
 
 
+def is_finished(folder: Path) -> bool:
+    """Whether a folder holds a store that was written to its end."""
+    return (folder / "states.parquet").is_file()
+
+
+def reusable(folder: Path, run: Row, overwrite: bool) -> bool:
+    """Whether a folder holds a finished store of exactly this run.
+
+    Args:
+        folder: The store.
+        run: What makes the states what they are, as far as it is known.
+        overwrite: A store of another run may be replaced.
+
+    Raises:
+        ValueError: It holds a finished store of another run, which is not to be replaced.
+    """
+    found = _read_json(folder / "metadata.json")
+    if found is None or not is_finished(folder):
+        return False
+    odd = mismatch(found, run)
+    # What left something out gives way to what does not.
+    if odd is not None and not overwrite and not (found.get("limits") and not run.get("limits")):
+        raise ValueError(_another_run(folder, odd))
+    return odd is None
+
+
+def _another_run(folder: Path, odd: str) -> str:
+    return (
+        f"{folder}: holds the features of another run ({odd}); choose another folder (--out), or set "
+        "`overwrite: true` for FeatureWriter"
+    )
+
+
 def written_ids(folder: Path, run: Row) -> set[str]:
     """Ids of the samples that an interrupted run has already written.
 
@@ -123,7 +162,7 @@ def written_ids(folder: Path, run: Row) -> set[str]:
         The ids; empty where the folder holds no unfinished store of exactly this run.
     """
     found = _read_json(folder / "metadata.json")
-    if found is None or (folder / "states.parquet").exists() or any(found.get(key) != run[key] for key in run):
+    if found is None or is_finished(folder) or mismatch(found, run) is not None:
         return set()
     ids: set[str] = set()
     for path in folder.glob("rank-*/*.samples.parquet"):
@@ -173,13 +212,10 @@ def begin_store(folder: Path, metadata: Row, resumed: bool, overwrite: bool) -> 
     if found is None and folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder}: not empty and no feature store; choose another folder")
     keep = any(folder.glob("rank-*/*.samples.parquet"))
-    if keep and not overwrite and found is not None and found != metadata:
-        odd = next(key for key in sorted({*found, *metadata}) if found.get(key) != metadata.get(key))
-        raise ValueError(
-            f"{folder}: holds the features of another run ({odd} differs); choose another folder, or set "
-            "`overwrite: true` for FeatureWriter"
-        )
-    if resumed and found == metadata:
+    odd = None if found is None else mismatch(found, metadata)
+    if keep and not overwrite and odd is not None:
+        raise ValueError(_another_run(folder, odd))
+    if resumed and found is not None and odd is None:
         return
     with replacing(folder) as working:
         write_json(working / "metadata.json", metadata)
@@ -235,7 +271,7 @@ class FeatureStore:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.folder = user_path(folder)
         if not (self.folder / "states.parquet").is_file():
             state = "an unfinished feature store" if (self.folder / "metadata.json").is_file() else "no feature store"
             raise ValueError(f"{self.folder}: {state}; run `conceptshift predict` with a FeatureWriter to the end")

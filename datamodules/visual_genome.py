@@ -69,10 +69,10 @@ class VisualGenomeDataModule(PictureDataModule):
         self.caption_words = None if caption_words is None else word_class(caption_words)
         self.reference_words = None if reference_words is None else word_class(reference_words)
 
-    def describe(self, stage: str) -> dict[str, Any]:
+    def describe(self, stage: str, most: int | None = None) -> dict[str, Any]:
         """What the samples of a stage depend on."""
         return {
-            **super().describe(stage),
+            **super().describe(stage, most),
             "caption_words": None if self.caption_words is None else sorted(self.caption_words),
             "reference_words": None if self.reference_words is None else sorted(self.reference_words),
         }

@@ -44,9 +44,9 @@ class VQADataModule(PictureDataModule):
         super().__init__(root, prompt, train_split, val_split, test_split, predict_split, **loading)
         self.answer_types = answer_types
 
-    def describe(self, stage: str) -> dict[str, Any]:
+    def describe(self, stage: str, most: int | None = None) -> dict[str, Any]:
         """What the samples of a stage depend on."""
-        return {**super().describe(stage), "answer_types": self.answer_types}
+        return {**super().describe(stage, most), "answer_types": self.answer_types}
 
     def read(self, split: str, training: bool) -> list[Sample]:
         """Read one split; see the class for what a sample is."""

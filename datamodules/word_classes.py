@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from ..records.paths import user_path
+
 WORD_CLASSES: dict[str, frozenset[str]] = {
     "colors": frozenset(
         """amber aqua azure beige black blond blonde blue bronze brown burgundy charcoal copper cream crimson cyan
@@ -43,7 +45,7 @@ def word_class(words: str | Iterable[str]) -> frozenset[str]:
     """
     if isinstance(words, str):
         if words.endswith(".txt"):
-            return _read_words(Path(words).expanduser())
+            return _read_words(user_path(words))
         if words not in WORD_CLASSES:
             names = ", ".join(sorted(WORD_CLASSES))
             raise ValueError(

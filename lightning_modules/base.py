@@ -16,7 +16,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 
 from ..datamodules.sample import Batch, Sample
+from ..records.paths import user_name
 from .backbone import PromptEncoder, VisionLanguageModel
+from .backbone.destinations import DESTINATION
+from .backbone.identity import destination_hash, model_hashes
 from .backbone.loading import DTYPES, DeviceMap, Quantization
 from .backbone.prompts import IGNORED
 from .backbone.readout import Readout
@@ -58,9 +61,9 @@ class BackboneModule(L.LightningModule):
             raise ValueError(f"--model.init_args.dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
         if max_new_tokens < 1:
             raise ValueError(f"--model.init_args.max_new_tokens must be at least 1, got {max_new_tokens}")
-        self.model_id = model_id
+        self.model_id = user_name(model_id)
         self.revision = revision
-        self.adapter = adapter
+        self.adapter = None if adapter is None else user_name(adapter)
         self.dtype_name = dtype
         self.attention = attention
         self.max_new_tokens = max_new_tokens
@@ -158,6 +161,32 @@ class BackboneModule(L.LightningModule):
         told = self.backbone.tokenizer.model_max_length
         # A tokenizer that knows none has a huge number there.
         return length or (told if told < 10**9 else None)
+
+    def describe(self) -> dict[str, Any]:
+        """What its states and answers depend on, as far as it is known: before the model is loaded, from its files.
+
+        `weights_hash` is the original's, whatever is attached to it; `adapter_hash` tells whether, and which, adapter
+        speaks.
+        """
+        backbone = self._backbone
+        hashes = model_hashes(self.model_id, self.revision) if backbone is None else backbone.hashes
+        if backbone is not None:
+            hashes = {**hashes, "weights_hash": backbone.weights_hash()}
+        return {
+            "model_id": self.model_id,
+            "revision": self.revision,
+            **hashes,
+            "dtype": self.dtype_name,
+            "quantization": self.quantization,
+            "attention": self.attention,
+            "max_new_tokens": self.max_new_tokens,
+            "adapter": self.adapter,
+            "adapter_hash": None if self.adapter is None else self._hash_of(self.adapter, DESTINATION),
+        }
+
+    def _hash_of(self, path: str, name: str) -> str | None:
+        """Hash of a destination: as it was loaded, or of its files."""
+        return destination_hash(path) if self._backbone is None else self._backbone.destination_hash(name)
 
     # --- processes that wait for each other ---------------------------------------------------------------
 

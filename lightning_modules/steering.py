@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from ..concepts import ConceptDictionary, SteeringVectors, content_hash, load_dictionary, load_steering_vectors
+from ..concepts import SteeringVectors, content_hash, load_dictionary, load_steering_vectors
+from ..records.hashes import value_hash
+from ..records.paths import user_path
 from .backbone import Steering
 from .backbone.interventions import Condition, Mode
 
@@ -14,13 +17,15 @@ _DICTIONARY = "dictionary.safetensors"
 
 def dictionary_file(path: str) -> Path:
     """The file of a dictionary, of which the folder may be given; it need not be there yet."""
-    given = Path(path)
+    given = user_path(path)
     return given if given.suffix == ".safetensors" else given / _DICTIONARY
 
 
-def dictionary_hash(dictionary: ConceptDictionary) -> str:
-    """Tells the concepts of two dictionaries apart."""
-    return content_hash({"dictionary": dictionary.dictionary})
+def steering_hash(steering: Steering) -> str:
+    """Hash of what is applied: the vector, and the dictionary that says which samples it is for."""
+    vector = content_hash({"vector": steering.vector})
+    condition = steering.condition
+    return vector if condition is None else value_hash([vector, condition.dictionary.content_hash])
 
 
 @dataclass
@@ -50,6 +55,10 @@ class SteeringStep:
     dictionary: str | None = None
     concept: int | None = None
     threshold: float | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """What it does to a model: its options, and what is in the files that they name."""
+        return {**asdict(self), "content_hash": steering_hash(self.load())}
 
     def load(self) -> Steering:
         """Read the files.
@@ -92,7 +101,7 @@ class SteeringStep:
         made_at = dictionary.metadata.get("site", site)
         if made_at != site:
             raise ValueError(f"its site is {site}, but the concepts of {file} are of {made_at}")
-        if by_concept and vectors.metadata.get("dictionary_hash") not in (None, dictionary_hash(dictionary)):
+        if by_concept and vectors.metadata.get("dictionary_hash") not in (None, dictionary.content_hash):
             raise ValueError(f"it was made for other concepts than those of {file}; make it anew")
         if by_concept and len(vectors.vectors[site]) != concepts:
             raise ValueError(f"it has {len(vectors.vectors[site])} vectors for the {concepts} concepts of {file}")

@@ -12,16 +12,15 @@ from typing import Any, Literal
 from zlib import crc32
 
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
 
-from ..concepts import content_hash, load_steering_vectors, random_vector_like
+from ..concepts import load_steering_vectors, random_vector_like
 from ..datamodules.sample import Batch
 from .backbone import Selector, Steering
 from .backbone.generation import Prefilled
 from .backbone.interventions import Mode
 from .backbone.loading import DeviceMap, Quantization
 from .base import BackboneModule
-from .steering import SteeringStep
+from .steering import SteeringStep, steering_hash
 
 Kind = Literal["unsteered", "steered", "random", "shuffled"]
 UNSTEERED = "unsteered"
@@ -205,8 +204,8 @@ class SteeringSweep(BackboneModule):
 
     def describe(self) -> dict[str, Any]:
         """What the runs are, and hashes of what they apply: a sweep that is gone on with must have the same."""
-        hashes = {run.name: content_hash(_tensors(steering)) for run, steering in self.steerings.items() if steering}
-        return {"adapter": self.adapter, "runs": [asdict(run) for run in self.steerings], "vectors": hashes}
+        hashes = {run.name: steering_hash(steering) for run, steering in self.steerings.items() if steering}
+        return {**super().describe(), "runs": [asdict(run) for run in self.steerings], "vectors": hashes}
 
     def setup(self, stage: str) -> None:
         """Refuse a run of which nothing would be left.
@@ -254,12 +253,6 @@ class SteeringSweep(BackboneModule):
                 rank_zero_warn("this model answers otherwise from a prompt in the cache; every run reads it anew")
                 return None
         return self.backbone.prefill(batch.inputs)
-
-
-def _tensors(steering: Steering) -> dict[str, Tensor]:
-    """The vector, and the concepts that say which samples it is for."""
-    condition = steering.condition
-    return {"s": steering.vector} | ({} if condition is None else {"U": condition.dictionary.dictionary})
 
 
 def _control(run: SweepRun, kind: Kind, number: int) -> SweepRun:

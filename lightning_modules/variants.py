@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .backbone import VisionLanguageModel
 from .backbone.destinations import ORIGINAL, check_checkpoint, is_adapter, name_destinations
@@ -65,6 +66,14 @@ class VariantsModule(BackboneModule):
                     f"--model.init_args.variants: no {variant!r}; there are {', '.join(known)}, and "
                     "--model.init_args.destination names more"
                 )
+
+    def describe(self) -> dict[str, Any]:
+        """What its states and answers depend on, as far as it is known; destinations by their content."""
+        described = super().describe()
+        # There are `checkpoints` in their place.
+        del described["adapter"], described["adapter_hash"]
+        hashes = {name: self._hash_of(path, name) for name, path in self.destinations.items()}
+        return {**described, "checkpoints": dict(self.destinations), "checkpoint_hashes": hashes}
 
     def load(self) -> VisionLanguageModel:
         """Load the original, and the destinations beside it."""

@@ -14,7 +14,7 @@ from conceptshift.callbacks.parts.shift_figures import recovery_figure, save_fig
 from conceptshift.cli.main import main
 from conceptshift.cli.report import write_report
 from conceptshift.cli.report_files import ANY, COUNT, NUMBER, NUMBERS, PAIR, TEXT, misfit
-from conceptshift.datamodules.files import write_json
+from conceptshift.records.files import write_json
 from PIL import Image
 
 Json = dict[str, Any]

@@ -14,9 +14,9 @@ from conceptshift.callbacks.parts.sweep_scores import Target, score_sweep
 from conceptshift.cli.main import main
 from conceptshift.cli.report import write_report
 from conceptshift.cli.report_steering import Sweep, steering_view
-from conceptshift.datamodules.files import write_json
 from conceptshift.datamodules.sample import Sample
 from conceptshift.lightning_modules.sweep import SweepRun
+from conceptshift.records.files import write_json
 from PIL import Image
 
 from .test_report_shift import EVIL, Json, Page

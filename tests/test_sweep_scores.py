@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from conceptshift.callbacks.parts.sweep_figures import map_figure, pareto_figure, show_sweep
 from conceptshift.callbacks.parts.sweep_scores import Target, clear_directions, score_sweep
-from conceptshift.datamodules.files import write_json
 from conceptshift.datamodules.sample import Sample
 from conceptshift.lightning_modules.sweep import UNSTEERED, SweepRun
 from conceptshift.metrics import caption_scores, normalize_answer, vqa_accuracy
+from conceptshift.records.files import write_json
 
 Row = dict[str, Any]
 Texts = dict[str, dict[str, str]]

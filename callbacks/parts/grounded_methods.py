@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,9 +14,10 @@ from ...concepts import ConceptDictionary, load_dictionary
 from ...datamodules.stored_features import FeatureStore, held_out_ids
 from ...lightning_modules.backbone.readout import Readout
 from ...metrics import GroundedConcepts
+from ...records.provenance import mismatch
 from .concept_states import ConceptStates
 from .grounding import GroundingOptions, words_of
-from .sources import same_model
+from .sources import read_concepts, same_model
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,7 @@ class WrittenDictionary:
         """
         dictionary = load_dictionary(folder / "dictionary.safetensors")
         path = folder / "concepts.json"
-        if not path.is_file():
-            raise ValueError(f"{path}: no such file; give the folder that a DictionaryFitter wrote as `dictionary`")
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_concepts(path, dictionary)
         if not any(content["words"]):
             raise ValueError(f"{path}: no concept has a word that could be scored; choose a later site of the model")
         return cls(folder, dictionary, content["words"], GroundingOptions(**content["grounding"]))
@@ -69,7 +67,7 @@ class WrittenDictionary:
             ValueError: No sample was held out, or a store is not what it should be.
         """
         read = (self.metadata["site"], self.metadata["selector"], self.metadata["variant"])
-        is_own = store.metadata == self.metadata["features"]
+        is_own = mismatch(store.metadata, self.metadata["features"]) is None
         own = store if is_own else self._own(store, fitted_on)
         found = ConceptStates.read(own, *read)
         kept_out = held_out_ids(found.ids, self.metadata["held_out"])
@@ -87,7 +85,7 @@ class WrittenDictionary:
         source: Mapping[str, Any] = self.metadata["features"]
         if not same_model(store.metadata, source, self.metadata["variant"]):
             raise ValueError(f"{store.folder}: its states are of another model than the dictionary in {self.folder}")
-        if fitted_on is None or fitted_on.metadata != source:
+        if fitted_on is None or mismatch(fitted_on.metadata, source) is not None:
             raise ValueError(
                 f"{store.folder if fitted_on is None else fitted_on.folder}: not the store that {self.folder} was "
                 "fitted on; give that one as `fitted_on`, because its baselines are fitted on the same states"

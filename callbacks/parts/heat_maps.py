@@ -12,10 +12,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ...datamodules.files import write_whole
 from ...datamodules.images import read_image
 from ...lightning_modules import VisionLanguageModel
 from ...lightning_modules.backbone.heat_map import heat_map, visual_states
+from ...records.files import write_whole
 
 _OPACITY = 0.6
 _FOLDER = "heat_maps"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import lightning as L
@@ -15,14 +14,16 @@ from ...datamodules.objects import ObjectDataModule
 from ...datamodules.sample import Sample
 from ...lightning_modules import Inspection
 from ...lightning_modules.inspection import STEERED
+from ...records.provenance import made_now
 from ..steerer import Steerer
 from .journal import Journal
 from .processes import gather, refuse_pieces
-from .run_description import describe_inspection, describe_weights
-from .steering_checks import try_on_longest_prompt, warn_of_other_weights
+from .run_description import describe_inspection
+from .run_writer import RunWriter
+from .steering_checks import check_weights, try_on_longest_prompt
 
 
-class Inspector(Callback, ABC):
+class Inspector(RunWriter, ABC):
     """Base of the callbacks that look into an `Inspection`, and keep in a journal what they have seen of each sample.
 
     An interrupted run, started again, goes on where it stopped. Several in one run see all samples that one of them has
@@ -36,9 +37,9 @@ class Inspector(Callback, ABC):
     masks: ClassVar[bool]
     """Whether it needs the masks of objects."""
 
-    def __init__(self, out: str, overwrite: bool) -> None:
-        self.out = Path(out)
-        self.journal = Journal(self.out, overwrite)
+    def __init__(self, out: str | None, overwrite: bool) -> None:
+        super().__init__(out)
+        self.overwrite = overwrite
         self.skipped: dict[str, str] = {}
 
     @abstractmethod
@@ -98,8 +99,8 @@ class Inspector(Callback, ABC):
                 "--model.init_args.steering instead"
             )
         inspectors = [other for other in callbacks if isinstance(other, Inspector)]
-        if shared := [other for other in inspectors if other is not self and other.out.resolve() == self.out.resolve()]:
-            raise ValueError(f"{name} and {type(shared[0]).__name__} both write to {self.out}; give each its own `out`")
+        self.locate(trainer)
+        self.journal = Journal(self.out, self.overwrite)
         refuse_pieces(trainer, name)
         samples = data.samples("predict")
         wanted = self.wanted(samples)
@@ -126,12 +127,12 @@ class Inspector(Callback, ABC):
                 "model whose sequence holds them (`conceptshift architectures`)"
             )
         if STEERED in pl_module.variants:
-            warn_of_other_weights([step.file for step in pl_module.steering], pl_module.backbone)
+            check_weights([step.file for step in pl_module.steering], pl_module.backbone)
             try_on_longest_prompt(trainer, pl_module, [pl_module.steerings])
         self.prepare(trainer, pl_module)
         if trainer.is_global_zero:
             earlier = self.journal.rows()
-            if self.journal.begin({**self._describe(trainer, pl_module), **describe_weights(pl_module)}):
+            if self.journal.begin({**self._describe(trainer, pl_module), **made_now()}):
                 self.forget(earlier)
         trainer.strategy.barrier()
         self.skipped = {}

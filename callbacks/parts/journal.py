@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ...datamodules.files import write_json
+from ...records.files import write_json
+from ...records.provenance import mismatch
 
 _NOTE = "run.json"
 _ROWS = "rows-{rank:05d}.jsonl"
-# Longer values are not spelled out in errors.
-_SHORT = 60
 
 
 class Journal:
@@ -66,6 +65,11 @@ class Journal:
                     file.write("\n")
         return anew
 
+    def description(self) -> dict[str, Any]:
+        """What the rows are of."""
+        content: dict[str, Any] = json.loads((self.out / _NOTE).read_text(encoding="utf-8"))
+        return content
+
     def write(self, rank: int, rows: Sequence[dict[str, Any]]) -> None:
         """Append rows, each with a `sample_id`, on the process `rank`."""
         lines = [json.dumps(row, allow_nan=False) + "\n" for row in rows]
@@ -97,22 +101,9 @@ class Journal:
             )
         if self.overwrite or not begun:
             return False
-        found = json.loads(noted.read_text(encoding="utf-8"))
-        # As it will be read back.
-        for key, value in json.loads(json.dumps(description)).items():
-            if key not in found or found[key] != value:
-                difference = _difference(key, found.get(key), value)
-                raise ValueError(
-                    f"{self.out}: holds another run ({difference}); choose another `out`, or set `overwrite` to begin "
-                    "anew"
-                )
+        if odd := mismatch(self.description(), json.loads(json.dumps(description))):
+            raise ValueError(
+                f"{self.out}: holds another run ({odd}); choose another folder (--out), or set `overwrite` to begin "
+                "anew"
+            )
         return True
-
-
-def _difference(key: str, before: Any, now: Any) -> str:
-    """The first thing that differs between two descriptions of a run."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        inner = next(name for name in sorted({*before, *now}) if before.get(name) != now.get(name))
-        return _difference(f"{key}.{inner}", before.get(inner), now.get(inner))
-    short = all(len(repr(value)) <= _SHORT for value in (before, now))
-    return f"`{key}` was {before!r}, and is {now!r}" if short else f"they differ in `{key}`"

@@ -20,8 +20,8 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 from PIL import Image
 
-from ...datamodules.files import write_whole
 from ...lightning_modules.backbone.patch_grid import PatchGrid
+from ...records.files import write_whole
 
 _FOLDER = Path(__file__).parents[1] / "lens_page"
 # One after the other they are the script of a page.

@@ -10,7 +10,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from .figure_style import GRAY, INK, PALETTE, STYLE
-from .figures import tensorboard
+from .numbers import log_numbers
 
 Json = dict[str, Any]
 
@@ -48,12 +48,9 @@ def lens_score_figure(summary: Json) -> Figure:
 
 
 def log_lens_scores(summary: Json, trainer: L.Trainer) -> None:
-    """Give the shares to TensorBoard, with the layer as the step."""
-    writer = tensorboard(trainer)
-    if writer is None:
-        return
+    """Log the shares, with the layer as the step."""
     for variant, found in summary["variants"].items():
         for kind in ("strict", "lenient", "any", "background"):
             for layer, one in enumerate(found[kind]):
                 if one["share"] is not None:
-                    writer.add_scalar(f"lens/{variant}/{kind}", one["share"], layer)
+                    log_numbers(trainer, {f"lens/{variant}/{kind}": one["share"]}, layer)

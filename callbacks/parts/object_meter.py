@@ -11,12 +11,14 @@ import lightning as L
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ...datamodules.files import write_json, write_whole
 from ...datamodules.object_names import ObjectNames
 from ...datamodules.objects import ObjectDataModule
 from ...datamodules.sample import Batch, Sample
 from ...lightning_modules import Answers, Inspection
+from ...records.files import write_json, write_whole
+from ...records.provenance import KEY, made_now
 from .inspector import Inspector
+from .run_description import covered
 from .trials import UNALTERED, Asked, Found, Place, Trial, check_objects, is_right, locate
 
 _UNSEEN = "the model sees nothing of the object, which lies where its picture is cropped"
@@ -37,7 +39,7 @@ class ObjectMeter(Inspector):
 
     masks = True
 
-    def __init__(self, out: str, overwrite: bool) -> None:
+    def __init__(self, out: str | None, overwrite: bool) -> None:
         super().__init__(out, overwrite)
         self._acting: dict[str, set[str]] = {}
 
@@ -154,6 +156,8 @@ class ObjectMeter(Inspector):
         summary = {
             "meter": type(self).__name__,
             "model_id": module.model_id,
+            KEY: {**self.journal.description(), **made_now()},
+            "coverage": covered(trainer, len(found.samples), len(found.skipped)),
             **self.summarize(module, found, _data(trainer).names),
             "left_out": dict(found.left_out),
             "skipped": dict(found.skipped),

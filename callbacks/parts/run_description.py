@@ -1,71 +1,64 @@
-"""The metadata of a feature store: what makes its states what they are."""
+"""What a run is: what makes its states and answers what they are, and its results tell."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import os
+from collections.abc import Mapping
 from typing import Any, cast
 
 import lightning as L
-import torch
-import transformers
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 
-from ... import __version__
-from ...concepts import content_hash, load_steering_vectors
 from ...datamodules.base import PictureDataModule
 from ...datamodules.stored_features import Row
 from ...lightning_modules import FeatureExtraction, Inspection, SteeringStep, SteeringSweep
 from ...lightning_modules.backbone.destinations import ORIGINAL
 from ...lightning_modules.base import BackboneModule
-from ...lightning_modules.variants import VariantsModule
+from ...records.provenance import Provenance, coverage, made_now, versions
 from ..steerer import Steerer
+
+# Stage of Lightning → the data module's, and the Trainer's options that leave batches of it out.
+_STAGES = {
+    TrainerFn.FITTING: ("fit", ("limit_train_batches", "overfit_batches")),
+    TrainerFn.VALIDATING: ("validate", ("limit_val_batches",)),
+    TrainerFn.TESTING: ("test", ("limit_test_batches",)),
+    TrainerFn.PREDICTING: ("predict", ("limit_predict_batches",)),
+}
+# What an extraction adds, which says nothing of what is made from its states.
+_OF_THE_STORE = ("command", "date", "versions", "sites", "site_patterns", "selectors", "variants")
 
 
 def describe_run(trainer: L.Trainer, module: FeatureExtraction) -> Row:
-    """What an extraction depends on, as far as the configuration tells."""
+    """What an extraction depends on, as far as it is known: before the model is loaded, from its files."""
     return {
-        **_describe(trainer, module, getattr(trainer, "datamodule", None)),
-        "checkpoints": dict(module.destinations),
+        **describe(trainer, module),
         "site_patterns": module.site_patterns,
         "selectors": [selector.name for selector in module.selectors],
         "variants": list(module.variants),
         "answers": module.answers,
-        "steering": [_describe_step(step) for step in _steps(trainer)],
+        "steering": [step.describe() for step in _steps(trainer)],
     }
 
 
 def describe_sweep(trainer: L.Trainer, module: SteeringSweep) -> Row:
-    """What the answers of a sweep depend on, as far as it is known before the model is loaded."""
-    return {**_describe(trainer, module, getattr(trainer, "datamodule", None)), **module.describe()}
+    """What the answers of a sweep depend on."""
+    return describe(trainer, module)
 
 
 def describe_inspection(trainer: L.Trainer, module: Inspection) -> Row:
-    """What the answers of an inspection depend on, as far as the configuration tells."""
+    """What the answers of an inspection depend on."""
     return {
-        **_describe(trainer, module, getattr(trainer, "datamodule", None)),
-        "checkpoints": dict(module.destinations),
+        **describe(trainer, module),
         "variants": list(module.variants),
-        "steering": [_describe_step(step) for step in module.steering],
-    }
-
-
-def describe_model(module: FeatureExtraction) -> Row:
-    """What only the loaded model tells: its sites, and hashes of its weights."""
-    return {"sites": [site.name for site in module.sites], **describe_weights(module)}
-
-
-def describe_weights(module: VariantsModule) -> Row:
-    """Hashes of the weights of a loaded model and of its destinations."""
-    return {
-        "weights_hash": module.backbone.weights_hash(),
-        "checkpoint_hashes": {name: module.backbone.destination_hash(name) for name in module.destinations},
+        "steering": [step.describe() for step in module.steering],
     }
 
 
 def describe_probe(
     trainer: L.Trainer, module: BackboneModule, data: PictureDataModule, samples: int, site: str, selector: str
 ) -> Row:
-    """What the states of a probe set depend on, and the loaded original's hash.
+    """What the states of a probe set depend on.
 
     Args:
         trainer: Trains the model.
@@ -76,36 +69,98 @@ def describe_probe(
         selector: At which positions.
     """
     return {
-        **_describe(trainer, module, data),
-        "samples": samples,
+        **describe(trainer, module, data.describe("predict", samples)),
+        "probed": samples,
         "checkpoints": {},
         "checkpoint_hashes": {},
         "sites": [site],
         "selectors": [selector],
         "variants": [ORIGINAL],
         "answers": "target",
-        "weights_hash": module.backbone.weights_hash(),
     }
+
+
+def describe(trainer: L.Trainer, module: BackboneModule, data: Row | None = None, stage: str | None = None) -> Row:
+    """What states and answers of a run depend on: the model, the data, precision, limits, versions; and its seed.
+
+    Args:
+        trainer: The trainer.
+        module: What it runs.
+        data: What the data are, if not those of the trainer.
+        stage: Whose samples count, if not the trainer's: `validate` while a model is trained.
+    """
+    read = getattr(trainer, "datamodule", None)
+    if data is None:
+        data = read.describe(stage or stage_of(trainer)) if isinstance(read, PictureDataModule) else {}
+    seed = os.environ.get("PL_GLOBAL_SEED")
+    return {
+        **module.describe(),
+        "precision": str(trainer.precision),
+        "data": data,
+        "seed": None if seed is None else int(seed),
+        "limits": limits(trainer),
+        "versions": versions(),
+    }
+
+
+def stage_of(trainer: L.Trainer) -> str:
+    """Which samples of the data module the trainer runs: `fit`, `validate`, `test` or `predict`."""
+    return _STAGES[_function(trainer)][0]
+
+
+def limits(trainer: L.Trainer) -> dict[str, int | float]:
+    """The Trainer's options that leave something of the run out, and what they were set to."""
+    # It sets the others too.
+    names = ("fast_dev_run",) if getattr(trainer, "fast_dev_run", False) else _STAGES[_function(trainer)][1]
+    found = {name: getattr(trainer, name) for name in names}
+    whole = {"overfit_batches": 0.0}
+    return {name: value for name, value in found.items() if value not in (None, whole.get(name, 1.0))}
+
+
+def provenance(trainer: L.Trainer, module: BackboneModule, stage: str | None = None) -> Provenance:
+    """What made a result of this run, steering included; see `describe`."""
+    return {
+        **describe(trainer, module, stage=stage),
+        "steering": [step.describe() for step in _steps(trainer)],
+        **made_now(),
+    }
+
+
+def provenance_of(metadata: Mapping[str, Any], **more: Any) -> Provenance:
+    """What made a result that was computed from stored states.
+
+    Args:
+        metadata: Of the feature store.
+        **more: What else the result depends on.
+    """
+    kept = {name: value for name, value in metadata.items() if name not in _OF_THE_STORE}
+    extracted = {name: metadata[name] for name in ("command", "date", "versions") if name in metadata}
+    return {**kept, "extracted": extracted, **more, **made_now()}
+
+
+def covered(trainer: L.Trainer, samples: int, skipped: int = 0, stage: str | None = None) -> str:
+    """How much of the data a result of this run is of: `1,200 of 1,500 (limit)`.
+
+    Args:
+        trainer: The trainer.
+        samples: How many samples the result is of.
+        skipped: How many had no readable picture.
+        stage: As for `describe`.
+    """
+    data = getattr(trainer, "datamodule", None)
+    if not isinstance(data, PictureDataModule):
+        return coverage(samples, None)
+    of = data.available(stage or stage_of(trainer))
+    reasons = ["limit"] if data.limit is not None and (of is None or min(data.limit, of) < of) else []
+    reasons += [*limits(trainer), *(["unreadable pictures"] if skipped else [])]
+    return coverage(samples, of, reasons)
+
+
+def _function(trainer: L.Trainer) -> TrainerFn:
+    return trainer.state.fn or TrainerFn.PREDICTING
 
 
 def _steps(trainer: L.Trainer) -> list[SteeringStep]:
     """What steers this run, in order."""
     callbacks: list[Callback] = cast(Any, trainer).callbacks
     return [step for callback in callbacks if isinstance(callback, Steerer) for step in callback.vectors]
-
-
-def _describe_step(step: SteeringStep) -> Row:
-    return {**asdict(step), "content_hash": content_hash(load_steering_vectors(step.file).vectors)}
-
-
-def _describe(trainer: L.Trainer, module: BackboneModule, data: Any) -> Row:
-    return {
-        "model_id": module.model_id,
-        "revision": module.revision,
-        "dtype": module.dtype_name,
-        "quantization": module.quantization,
-        "max_new_tokens": module.max_new_tokens,
-        "precision": str(trainer.precision),
-        "data": data.describe("predict") if isinstance(data, PictureDataModule) else {},
-        "versions": {"conceptshift": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
-    }

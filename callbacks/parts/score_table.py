@@ -9,9 +9,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ...datamodules.files import write_whole
 from ...metrics import GroundedConcepts
 from ...metrics.concept_scores import CAPTIONS, Columns
+from ...records.files import write_whole
 
 HEADER = ("score", "method", "mean", "std", "95 % interval", "n", "p")
 

@@ -21,8 +21,8 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from scipy import stats
 
-from ...datamodules.files import write_whole
 from ...lightning_modules.backbone.destinations import step_of
+from ...records.files import write_whole
 from .figure_style import BLUE, GRAY, INK, MARKERS, PALE, PALETTE, SIGNIFICANT, SOFT, STYLE
 from .shift_measure import LEVEL
 from .shift_projection import project_shifts

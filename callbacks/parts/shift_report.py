@@ -8,13 +8,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from ...concepts import ConceptDictionary, ConceptShift, ShiftSignificance, correlation
-from ...datamodules.files import write_json
 from ...datamodules.stored_features import FeatureStore
+from ...records.files import write_json
+from ...records.provenance import KEY
 from .figure_style import SIGNIFICANT
+from .figures import tensorboard
+from .numbers import log_numbers
+from .run_description import provenance_of
 from .shift_figures import (
     project_shifts,
     recovery_figure,
@@ -43,7 +48,8 @@ def write_shift(
     destination: ConceptDictionary,
     checkpoints: Mapping[str, Moved],
     store: FeatureStore,
-    writer: Any | None,
+    trainer: L.Trainer,
+    name: str | None = None,
 ) -> dict[str, Any]:
     """Test the shift to the last checkpoint, and write it; of several checkpoints their trajectory too.
 
@@ -53,13 +59,20 @@ def write_shift(
         destination: Dictionary of the last checkpoint.
         checkpoints: Name → the original's concepts shifted to this checkpoint, in the order of training.
         store: The states.
-        writer: TensorBoard's writer, if any.
+        trainer: Its loggers take every number, and TensorBoard figures and words.
+        name: What the shift is called there; by default as the folder.
 
     Returns:
         What `shift.json` holds.
     """
-    name, moved = list(checkpoints.items())[-1]
+    shift_name = name or out.name
+    last, moved = list(checkpoints.items())[-1]
     about = {
+        KEY: provenance_of(store.metadata, seed=measure.options.seed),
+        "dictionary_hashes": {
+            "original": measure.original.content_hash,
+            "destination": destination.content_hash,
+        },
         "method": type(measure.original).__name__,
         "site": measure.site,
         "selector": measure.selector,
@@ -69,7 +82,7 @@ def write_shift(
     summary = {
         **about,
         "original": measure.original.metadata["variant"],
-        "destination": name,
+        "destination": last,
         **summarise(moved, significance, measure.options),
         **measure.other_seeds(destination, moved),
     }
@@ -80,44 +93,48 @@ def write_shift(
     summary["figures"] = save_figures(figures, out)
     moved.shift.save(
         out / "shift.safetensors",
-        {"site": measure.site, "selector": measure.selector, "destination": name, "features": store.metadata},
+        {"site": measure.site, "selector": measure.selector, "destination": last, "features": store.metadata},
     )
     write_json(out / "shift.json", summary)
-    points = [point(name, 0, moved, moved)]
+    points = [point(last, 0, moved, moved)]
     if len(checkpoints) > 1:
         path = {**about, **trajectory(measure, checkpoints, significance)}
         points = path["points"]
         figures["trajectory"] = trajectory_figure(path)
         path["figures"] = save_figures({"trajectory": figures["trajectory"]}, out)
         write_json(out / "trajectory.json", path)
-    if writer is not None:
-        for seen in points:
-            show_point(writer, out.name, seen)
+    for seen in points:
+        show_point(trainer, shift_name, seen)
+    if (writer := tensorboard(trainer)) is not None:
         for figure, drawn in figures.items():
-            writer.add_figure(f"shift/{out.name}/{figure}", drawn)
+            writer.add_figure(f"shift/{shift_name}/{figure}", drawn)
     tests, means = summary["tests"]["magnitude"], summary["means"]
     rank_zero_info(
         f"{out}: {tests['significant']} of {tests['concepts']} concepts shift; of their words, "
-        f"{means['recovery_original']:.0f} % are those of {name}, {means['recovery_shifted']:.0f} % when shifted"
+        f"{means['recovery_original']:.0f} % are those of {last}, {means['recovery_shifted']:.0f} % when shifted"
     )
     return summary
 
 
-def show_point(writer: Any, name: str, seen: Mapping[str, Any]) -> None:
-    """Show one checkpoint of a trajectory in TensorBoard: a number a concept and measure, and words as text.
+def show_point(trainer: L.Trainer, name: str, seen: Mapping[str, Any]) -> None:
+    """Log one checkpoint of a trajectory: a number a concept and measure; and to TensorBoard its words as text.
 
     Args:
-        writer: TensorBoard's writer.
+        trainer: The trainer.
         name: Name of the shift, and what is shown of it.
         seen: What `trajectory` says of the checkpoint, or a part of it.
     """
     step = seen["step"]
-    for measure, mean in seen["means"].items():
-        writer.add_scalar(f"shift/{name}/{measure}", mean, step)
+    numbers = {f"shift/{name}/{measure}": mean for measure, mean in seen["means"].items()}
     for row in seen["concepts"]:
-        for measure in seen["means"]:
-            if row[measure] is not None:
-                writer.add_scalar(f"shift/{name}/{measure}/concept_{row['concept']:02d}", row[measure], step)
+        of_concept = {measure: row[measure] for measure in seen["means"] if row[measure] is not None}
+        numbers |= {
+            f"shift/{name}/{measure}/concept_{row['concept']:02d}": value for measure, value in of_concept.items()
+        }
+    log_numbers(trainer, numbers, step)
+    writer = tensorboard(trainer)
+    if writer is None:
+        return
     words = "\n".join(f"| {row['concept']} | {' '.join(row['words_shifted'])} |" for row in seen["concepts"])
     writer.add_text(f"shift/{name}/words", f"| concept | words |\n|---|---|\n{words}", step)
 

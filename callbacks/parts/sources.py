@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -9,12 +10,14 @@ from typing import Any, cast
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
+from ...concepts import ConceptDictionary
 from ...datamodules.replay import StoredFeatures
 from ...datamodules.stored_features import FeatureStore
 from ...lightning_modules import BackboneModule, Replay, VisionLanguageModel
 from ...lightning_modules.backbone.destinations import ORIGINAL
 from ...lightning_modules.backbone.readout import Readout
-from ..feature_writer import FeatureWriter
+from ...records.paths import user_path
+from .run_writer import RunWriter
 
 
 def store_folder(trainer: L.Trainer, callback: Callback, features: str | None) -> Path:
@@ -29,19 +32,61 @@ def store_folder(trainer: L.Trainer, callback: Callback, features: str | None) -
         ValueError: There is none.
     """
     if features is not None:
-        return Path(features)
+        return user_path(features)
     data = getattr(trainer, "datamodule", None)
     if isinstance(data, StoredFeatures):
         return data.folder
-    callbacks: list[Callback] = cast(Any, trainer).callbacks
-    before = callbacks[: callbacks.index(callback)]
-    folders = [writer.folder for writer in before if isinstance(writer, FeatureWriter)]
+    folders = [writer.out for writer in writers_before(trainer, callback) if writer.makes == "features"]
     if len(folders) != 1:
         raise ValueError(
             f"{type(callback).__name__} needs `features`: {len(folders)} FeatureWriters are listed before it, and the "
             "data are no StoredFeatures"
         )
     return folders[0]
+
+
+def writers_before(trainer: L.Trainer, callback: Callback) -> list[RunWriter]:
+    """The callbacks that write, of those that are listed before one."""
+    callbacks: list[Callback] = cast(Any, trainer).callbacks
+    return [other for other in callbacks[: callbacks.index(callback)] if isinstance(other, RunWriter)]
+
+
+def dictionary_place(trainer: L.Trainer, callback: Callback, given: str) -> Path:
+    """Folder of a dictionary; it need not be written yet.
+
+    Args:
+        trainer: The trainer.
+        callback: Who asks.
+        given: Name of a DictionaryFitter listed before it, or a folder.
+    """
+    path = user_path(given)
+    for writer in writers_before(trainer, callback):
+        # Where it was told to write; a run that leaves something out may write beside that.
+        told = None if writer.told is None else writer.told.resolve()
+        if writer.makes == "dictionary" and (writer.name == given or told == path.resolve()):
+            return writer.out
+    return path
+
+
+def read_concepts(path: Path, dictionary: ConceptDictionary) -> dict[str, Any]:
+    """What a DictionaryFitter wrote of a dictionary beside it.
+
+    Args:
+        path: Its `concepts.json`.
+        dictionary: The dictionary.
+
+    Raises:
+        ValueError: It is missing, or of another dictionary; names both.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; a DictionaryFitter writes it beside its dictionary")
+    concepts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    of = concepts.get("dictionary_hash")
+    if of != dictionary.content_hash:
+        raise ValueError(
+            f"{path}: is of another dictionary ({of}) than the one beside it ({dictionary.content_hash}); fit it again"
+        )
+    return concepts
 
 
 def model_of(pl_module: L.LightningModule) -> VisionLanguageModel | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, cast
+from pathlib import Path
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
@@ -16,11 +16,10 @@ from ...datamodules.sample import Sample
 from ...datamodules.stored_features import FeatureStore
 from ...datamodules.word_classes import word_class
 from ...lightning_modules import FeatureExtraction
-from ...lightning_modules.steering import dictionary_file
+from ...lightning_modules.steering import dictionary_file as file_of
 from ...metrics import normalize_answer
 from ..dictionary_fitter import DictionaryFitter
-from ..feature_writer import FeatureWriter
-from .sources import store_folder
+from .sources import dictionary_place, store_folder, writers_before
 from .state_sets import StateSet, most_frequent
 
 
@@ -89,10 +88,23 @@ def dictionary_site(trainer: L.Trainer, callback: Callback, path: str) -> str:
     return _site_and_size(trainer, callback, path)[0]
 
 
+def dictionary_file(trainer: L.Trainer, callback: Callback, given: str) -> Path:
+    """File of a dictionary, given by the name of a DictionaryFitter listed before, or by folder or file."""
+    return file_of(str(dictionary_place(trainer, callback, given)))
+
+
+def located(trainer: L.Trainer, callback: Callback, side: StateSet) -> StateSet:
+    """A set whose dictionary, if it names one of this run, is given by its file."""
+    if side.concept is None:
+        return side
+    file = dictionary_file(trainer, callback, side.concept.dictionary)
+    return replace(side, concept=replace(side.concept, dictionary=str(file)))
+
+
 def _site_and_size(trainer: L.Trainer, callback: Callback, path: str) -> tuple[str, int]:
-    file = dictionary_file(path)
-    for fitter in _before(trainer, callback):
-        if isinstance(fitter, DictionaryFitter) and dictionary_file(str(fitter.out)) == file:
+    file = dictionary_file(trainer, callback, path)
+    for fitter in writers_before(trainer, callback):
+        if isinstance(fitter, DictionaryFitter) and file_of(str(fitter.out)) == file:
             return fitter.site, fitter.dictionary.n_concepts
     dictionary = load_dictionary(file)
     if "site" not in dictionary.metadata:
@@ -100,15 +112,10 @@ def _site_and_size(trainer: L.Trainer, callback: Callback, path: str) -> tuple[s
     return dictionary.metadata["site"], dictionary.n_concepts
 
 
-def _before(trainer: L.Trainer, callback: Callback) -> list[Callback]:
-    callbacks: list[Callback] = cast(Any, trainer).callbacks
-    return callbacks[: callbacks.index(callback)]
-
-
 def _is_written(trainer: L.Trainer, callback: Callback, side: StateSet) -> bool:
     """Whether the store of a set is the one that this run writes."""
     folder = store_folder(trainer, callback, side.features)
-    return any(isinstance(other, FeatureWriter) and other.folder == folder for other in _before(trainer, callback))
+    return any(other.makes == "features" and other.out == folder for other in writers_before(trainer, callback))
 
 
 def _check_known(value: str, known: Sequence[str], name: str, option: str) -> None:

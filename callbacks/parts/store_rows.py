@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ...datamodules.base import input_hashes
 from ...datamodules.sample import Batch
 from ...datamodules.stored_features import Row
 from ...lightning_modules.extraction import Extraction
@@ -20,6 +21,7 @@ def store_rows(outputs: list[Extraction], batch: Batch) -> tuple[list[Row], list
 
 
 def _sample_rows(outputs: list[Extraction], batch: Batch) -> list[Row]:
+    inputs = input_hashes(batch.samples)
     return [
         {
             "sample_id": sample.sample_id,
@@ -30,9 +32,10 @@ def _sample_rows(outputs: list[Extraction], batch: Batch) -> list[Row]:
             "references": list(sample.references),
             "answers": list(sample.answers),
             "label": sample.label,
+            "input": shown,
         }
         for extraction in outputs
-        for sample, text in zip(batch.samples, extraction.texts, strict=True)
+        for sample, text, shown in zip(batch.samples, extraction.texts, inputs, strict=True)
     ]
 
 

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from ...datamodules.files import write_whole
+from ...records.files import write_whole
 from .figure_style import BLUE, GRAY, INK, MARKERS, PALETTE, STYLE
 from .figures import tensorboard
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...records.paths import user_name
+from .identity import base_note
 from .loading import load_pretrained
 
 ORIGINAL, DESTINATION = "original", "destination"
@@ -24,6 +26,11 @@ def step_of(variant: str) -> int | None:
     """Training step of a checkpoint of a series (`step-000060`), or nothing."""
     match = _STEP.fullmatch(variant)
     return int(match[1]) if match else None
+
+
+def run_of(checkpoint: Path) -> str | None:
+    """Which training a checkpoint of a series is of, if it says so."""
+    return base_note(checkpoint).get("run")
 
 
 def step_name(step: int) -> str:
@@ -44,8 +51,8 @@ def name_destinations(destination: str | Sequence[str]) -> dict[str, str]:
     Raises:
         ValueError: There is none, two have the same name, or a series has a gap.
     """
-    paths = [destination] if isinstance(destination, str) else list(destination)
-    if isinstance(destination, str) and (steps := _steps(Path(destination))):
+    paths = [user_name(path) for path in ([destination] if isinstance(destination, str) else destination)]
+    if isinstance(destination, str) and (steps := _steps(Path(paths[0]))):
         return {path.name: str(path) for path in steps}
     if len(paths) == 1:
         return {DESTINATION: paths[0]}
@@ -69,6 +76,13 @@ def _steps(folder: Path) -> list[Path]:
     Raises:
         ValueError: One is missing between others: the last may come early, where training ended.
     """
+    runs = {run: path for path in sorted(folder.glob("step-*")) if step_of(path.name) and (run := run_of(path))}
+    if len(runs) > 1:
+        (one, first), (other, second) = list(runs.items())[:2]
+        raise ValueError(
+            f"{folder}: {first.name} is of one training ({one}), {second.name} of another ({other}); export the series "
+            "again, or list the checkpoints of one"
+        )
     # Step 0 would be the original.
     found = {step: path for path in folder.glob("step-*") if (step := step_of(path.name))}
     steps = sorted(found)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cached_property, lru_cache
 from typing import Any
@@ -12,8 +12,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from ...records.paths import user_name
 from .capture import Capture
 from .generation import Generation, Prefilled
+from .identity import model_hashes
 from .interventions import Applied, RunningPass, Steering, intervening
 from .knockout import AttentionKnockout, knocking_out
 from .loading import DeviceMap, Quantization, load_pretrained
@@ -38,10 +40,11 @@ class VisionLanguageModel(Variants):
         model: The transformers model.
         processor: Its processor.
         source: What it was loaded from, for messages and metadata.
+        hashes: What it is, where it was loaded from files.
     """
 
-    def __init__(self, model: Any, processor: Any, source: str) -> None:
-        super().__init__(model, processor, source)
+    def __init__(self, model: Any, processor: Any, source: str, hashes: Mapping[str, str] | None = None) -> None:
+        super().__init__(model, processor, source, hashes)
         if model.generation_config.pad_token_id is None:
             model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
         self.encode = PromptEncoder(processor, self.structure.image_token_id(processor))
@@ -81,6 +84,7 @@ class VisionLanguageModel(Variants):
         Raises:
             ValueError: Nothing can be loaded from `model_id` in this way, or `adapter` belongs to another model.
         """
+        model_id = user_name(model_id)
         model, processor = load_pretrained(
             model_id,
             revision=revision,
@@ -91,7 +95,8 @@ class VisionLanguageModel(Variants):
             device_map=device_map,
             trust_remote_code=trust_remote_code,
         )
-        wrapper = cls(model, processor, model_id)
+        hashes = {} if random_weights else model_hashes(model_id, revision)
+        wrapper = cls(model, processor, model_id, hashes)
         if adapter is not None:
             wrapper.load_adapter(adapter)
         return wrapper

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ...concepts import english_lexicon, load_artifact, save_artifact
-from ...datamodules.files import write_whole
+from ...records.files import write_whole
 from .norm_form import NormForm
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...datamodules.files import replacing, write_json
+from ...records.files import replacing, write_json
 from .interventions import Steering
 from .model import VisionLanguageModel
 from .parts import part_finder

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils import load_peft_weights
@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoConfig
 
+from ...records.hashes import value_hash
+from ...records.paths import user_name
 from .destinations import DESTINATION, ORIGINAL, changed_weights, exchanged, is_adapter
+from .identity import BASE_NOTE, OF_TENSORS, adapter_settings, base_note, destination_hash
 from .loading import tensor_hash
 from .parts import lora_targets
 from .sharding import gathered, shard_model
 from .structure import Structure
-
-# Beside an adapter: which base it was trained on.
-_BASE_NOTE = "base_model.json"
 
 
 class Variants(nn.Module):
@@ -32,9 +32,10 @@ class Variants(nn.Module):
         model: The transformers model.
         processor: Its processor.
         source: What it was loaded from, for messages and metadata.
+        hashes: What it is, where it was loaded from files: see `identity.model_hashes`.
     """
 
-    def __init__(self, model: Any, processor: Any, source: str) -> None:
+    def __init__(self, model: Any, processor: Any, source: str, hashes: Mapping[str, str] | None = None) -> None:
         super().__init__()
         self.model = model
         self.processor = processor
@@ -44,13 +45,11 @@ class Variants(nn.Module):
         # of the module tree, where every parameter would be registered twice.
         self._peft: list[PeftModel] = []
         self._changed: dict[str, dict[str, Tensor]] = {}
-        # Of a sharded model, what no process can compute alone: hashes of its weights and of each destination.
-        self._hashes: dict[str | None, str | None] | None = None
-
-    @property
-    def is_sharded(self) -> bool:
+        self.is_sharded = False
         """Whether this process has only pieces of the model."""
-        return self._hashes is not None
+        # Of the original, whatever is attached to it later; and of each destination.
+        self.hashes = dict(hashes or {})
+        self._destination_hashes: dict[str, str] = {}
 
     # --- adapters -----------------------------------------------------------------------------------------
 
@@ -63,6 +62,7 @@ class Variants(nn.Module):
         Raises:
             ValueError: `config.target_modules` matches nothing.
         """
+        self._keep_hash()
         config.target_modules = config.target_modules or lora_targets(self.model, ["language_model"])
         self._peft = [get_peft_model(self.model, config)]
 
@@ -76,10 +76,16 @@ class Variants(nn.Module):
         Raises:
             ValueError: It is missing, or was made for a model of another structure.
         """
+        path = user_name(path)
         if is_adapter(path) or not _is_model(path):
             self.load_adapter(path, name)
-        else:
-            self._changed[name] = changed_weights(self.model, path, self.model.config._attn_implementation)
+            return
+        try:
+            self._check_base(path)
+        except ValueError as error:
+            raise ValueError(f"destination {path!r}: {error}; give a model that was fine-tuned from it") from error
+        self._changed[name] = changed_weights(self.model, path, self.model.config._attn_implementation)
+        self._note_hash(path, name)
 
     def load_adapter(self, adapter: str, name: str = DESTINATION) -> None:
         """Attach a saved PEFT adapter, frozen.
@@ -87,6 +93,8 @@ class Variants(nn.Module):
         Raises:
             ValueError: It is missing, or was made for a model of another structure.
         """
+        adapter = user_name(adapter)
+        self._keep_hash()
         try:
             if self._peft:
                 self._peft[0].load_adapter(adapter, name)
@@ -99,6 +107,15 @@ class Variants(nn.Module):
             raise ValueError(
                 f"adapter {adapter!r} {state} {self.source!r} ({first}); give a PEFT folder made from this model"
             ) from error
+        self._note_hash(adapter, name)
+
+    def _keep_hash(self) -> None:
+        """Find the hash of a model that came from no files while nothing is attached to it."""
+        self.hashes.setdefault("weights_hash", self.weights_hash())
+
+    def _note_hash(self, path: str, name: str) -> None:
+        if (found := destination_hash(path)) is not None:
+            self._destination_hashes[name] = found
 
     def _check_adapter(self, adapter: str, name: str) -> None:
         """Refuse what PEFT loads in part, or on another base of the same shape."""
@@ -106,11 +123,17 @@ class Variants(nn.Module):
         odd = set(load_peft_weights(adapter, device="cpu")) ^ set(loaded)
         if odd:
             raise ValueError(f"its layers are not this model's, e.g. {sorted(odd)[0]}")
-        note = Path(adapter) / _BASE_NOTE
-        made_for = json.loads(note.read_text()) if note.is_file() else {}
-        # In another precision the same weights have other values.
-        if made_for.get("dtype") == self._precision and made_for["weights_hash"] != self.weights_hash():
-            raise ValueError("it was trained on other weights")
+        self._check_base(adapter)
+
+    def _check_base(self, path: str) -> None:
+        """Refuse what says of itself that it was trained from another model."""
+        made_for = base_note(Path(path))
+        trained_on, own = str(made_for.get("weights_hash", "")), self.weights_hash()
+        # Hashes over different things, as older versions took them, tell nothing.
+        if trained_on.partition(":")[0] == own.partition(":")[0] and trained_on != own:
+            raise ValueError(
+                f"it was trained on other weights: {made_for.get('model_id')}, {trained_on}, and these are {own}"
+            )
 
     @contextmanager
     def running_as(self, variant: str) -> Iterator[None]:
@@ -139,20 +162,22 @@ class Variants(nn.Module):
                 "--model.init_args.destination"
             )
 
-    def save(self, folder: Path, state: dict[str, Tensor] | None = None) -> None:
+    def save(self, folder: Path, state: dict[str, Tensor] | None = None, made: Mapping[str, Any] | None = None) -> None:
         """Write the adapter in PEFT's layout, or the whole model and processor where there is no adapter.
 
         Args:
             folder: Where to.
             state: Of a sharded model, what `gathered_state` gave.
+            made: What trained it, to be written beside it.
         """
         if self._peft:
             self._peft[0].save_pretrained(str(folder), state_dict=state)
+        else:
+            self.model.save_pretrained(folder, state_dict=state)
+            self.processor.save_pretrained(folder)
+        if self._peft or made is not None:
             base = {"weights_hash": self.weights_hash(), "dtype": self._precision, "model_id": self.source}
-            (folder / _BASE_NOTE).write_text(json.dumps(base, indent=1))
-            return
-        self.model.save_pretrained(folder, state_dict=state)
-        self.processor.save_pretrained(folder)
+            (folder / BASE_NOTE).write_text(json.dumps({**(made or {}), **base}, indent=1), encoding="utf-8")
 
     @property
     def _precision(self) -> str:
@@ -161,30 +186,25 @@ class Variants(nn.Module):
         return f"{self.model.dtype}{bits}"
 
     def destination_hash(self, variant: str) -> str | None:
-        """SHA-256 over what a destination has of its own; nothing where there is no such destination.
+        """SHA-256 of a destination, all of its weights and settings; nothing where there is no such destination.
 
         Args:
             variant: Its name.
         """
-        if self._hashes is not None:
-            return self._hashes.get(variant)
+        if variant in self._destination_hashes:
+            return self._destination_hashes[variant]
         if variant in self._changed:
-            return tensor_hash({name: value.flatten()[:64] for name, value in self._changed[variant].items()})
+            return f"{OF_TENSORS}:{tensor_hash(self._changed[variant])}"
         if not self._peft or variant not in self._peft[0].peft_config:
             return None
-        return tensor_hash(get_peft_model_state_dict(self._peft[0], adapter_name=variant))
+        weights = tensor_hash(get_peft_model_state_dict(self._peft[0], adapter_name=variant))
+        settings = adapter_settings(self._peft[0].peft_config[variant].to_dict())
+        return f"{OF_TENSORS}:{value_hash([weights, json.loads(json.dumps(settings, default=str))])}"
 
     def weights_hash(self) -> str:
-        """SHA-256 over the first values of every tensor of the model: tells two models apart without reading all."""
-        if self._hashes is not None:
-            return cast(str, self._hashes[None])
-        return tensor_hash(
-            {
-                name.replace(".base_layer", ""): value.flatten()[:64]
-                for name, value in self.model.state_dict().items()
-                if "lora_" not in name
-            }
-        )
+        """SHA-256 of the original's weights: of the files they are from; of a model made in memory, of its tensors."""
+        known = self.hashes.get("weights_hash")
+        return known or f"{OF_TENSORS}:{tensor_hash(self.model.state_dict())}"
 
     # --- pieces -------------------------------------------------------------------------------------------
 
@@ -203,13 +223,16 @@ class Variants(nn.Module):
                 f"destination {next(iter(self._changed))!r} is a whole model, which cannot be exchanged in pieces; use "
                 "--trainer.strategy ddp, or give an adapter"
             )
+        self._keep_hash()
+        # No process can compute them alone later.
         adapters = list(self._peft[0].peft_config) if self._peft else []
-        self._hashes = {None: self.weights_hash(), **{name: self.destination_hash(name) for name in adapters}}
+        self._destination_hashes |= {name: found for name in adapters if (found := self.destination_hash(name))}
+        self.is_sharded = True
         shard_model(self.structure, mesh, trained)
 
     def gathered_state(self) -> dict[str, Tensor] | None:
         """What `save` needs of a sharded model, on all processes together; nothing where it is whole."""
-        if self._hashes is None:
+        if not self.is_sharded:
             return None
         return gathered(self._peft[0], "lora_") if self._peft else gathered(self.model)
 

@@ -62,7 +62,19 @@ def replacing(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(working, ignore_errors=True)
         raise
+    put_in_place(working, folder)
+
+
+def put_in_place(working: Path, folder: Path) -> None:
+    """Let a folder take the place of another, which need not be there."""
+    aside = folder.with_name(f".{folder.name}.replaced")
+    shutil.rmtree(aside, ignore_errors=True)
     if folder.exists():
         folder.rename(aside)
     working.rename(folder)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def beside(folder: Path) -> Path:
+    """Where what is to take a folder's place is made, if that takes long: what is there stays until it is whole."""
+    return folder.with_name(f".{folder.name}.new")
