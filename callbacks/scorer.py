@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from ..datamodules.base import PictureDataModule, input_hashes
 from ..datamodules.sample import Batch
@@ -251,15 +251,23 @@ class Scorer(RunWriter, ABC):
             if self.writes_at_all:
                 # Asked again: of a model on the hub, only now is it known what it is.
                 self.check_baseline(trainer, module)
-                made = {
+                made: dict[str, Any] = {
                     KEY: self.provenance(trainer, module),
                     "coverage": covered(trainer, len(rows), len(skipped), self._stage),
                 }
+                self._tell_of_replaced(made[KEY])
                 content = self._content(rows, measures)
                 write_scores(self.out, {**made, **content, "scores": scores, "skipped": skipped})
                 changes = f"; {_told(content['changes'])}" if "changes" in content else ""
                 rank_zero_info(f"{self.out}: {made['coverage']} samples{changes}")
         return dict(trainer.strategy.broadcast(scores))
+
+    def _tell_of_replaced(self, made: Provenance) -> None:
+        """Tell that a file of another run is replaced."""
+        if self.out.is_file():
+            before = read_object(self.out, f"{type(self).__name__}.out").get(KEY, {})
+            if odd := mismatch(before, made, [key for key in made if key != "versions"]):
+                rank_zero_warn(f"{self.out}: replaces what another run wrote ({odd}); --out would have kept both")
 
     def _content(self, rows: Rows, measures: dict[str, Measure]) -> dict[str, Any]:
         values = self.values(measures)

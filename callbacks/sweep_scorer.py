@@ -21,12 +21,13 @@ from ..metrics import normalize_answer
 from ..records.files import write_json, write_whole
 from ..records.provenance import KEY, made_now
 from .parts.journal import Journal
+from .parts.numbers import log_numbers
 from .parts.processes import gather
 from .parts.questions import check_questions
 from .parts.run_description import covered, describe_sweep
 from .parts.run_writer import RunWriter
 from .parts.steering_checks import check_weights, try_on_longest_prompt
-from .parts.sweep_figures import show_sweep
+from .parts.sweep_figures import show_sweep, sweep_numbers
 from .parts.sweep_scores import Target, clear_directions, score_sweep
 from .steerer import Steerer
 
@@ -213,7 +214,8 @@ class SweepScorer(RunWriter):
         }
         write_whole(folder / "samples.parquet", lambda path: pq.write_table(pa.Table.from_pylist(values), path))
         write_json(folder / "sweep.json", sweep)
-        show_sweep(sweep, folder, trainer)
+        show_sweep(sweep, folder, trainer.loggers)
+        log_numbers(trainer, sweep_numbers(sweep))
         best = [row for row in rows if row["pareto"] and row["kind"] == "steered"]
         rank_zero_info(f"{folder}: {len(rows)} runs of {facts['samples']} samples, {len(best)} on the Pareto front")
 

@@ -6,14 +6,32 @@ import logging
 import warnings
 import zipfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning as L
+import yaml
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
 
 # Importing the rooms makes their classes known by their short names.
 from .. import callbacks, datamodules, lightning_modules  # noqa: F401
+from ..callbacks.parts.run_writer import RunWriter, run_folder, trial_place
+from ..records.files import write_whole
+from ..records.paths import check_writable, user_path
+from .config_files import as_argument, merge_configs
 from .preflight import preflight
+from .run_loggers import hyper_parameters, log_hyper_parameters, logger_folder, without_folder
+
+# What of the Trainer's leaves a part of a run out, and its value where it does not.
+_LIMITS = {
+    "fit": (("limit_train_batches", 1.0), ("overfit_batches", 0.0)),
+    "validate": (("limit_val_batches", 1.0),),
+    "test": (("limit_test_batches", 1.0),),
+    "predict": (("limit_predict_batches", 1.0),),
+}
 
 _SWEEP = """conceptshift sweep: steer a model in many ways over the same samples, and score each against the others.
 
@@ -24,27 +42,64 @@ configs/sweep_vqa.yaml or configs/sweep_caption.yaml. These are the options of `
 
 
 class ConceptShiftCLI(LightningCLI):
-    """LightningCLI with this framework's defaults."""
+    """LightningCLI with a folder for each run, callbacks by name, and this framework's defaults."""
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse, and check the checkpoint to resume from before anything reads it.
+        """Merge the `--config` files, parse, and check the checkpoint to resume from before anything reads it.
 
         Raises:
-            ValueError: It is missing or damaged.
+            ValueError: A file or the checkpoint is missing or damaged.
         """
-        super().parse_arguments(parser, args)
+        super().parse_arguments(parser, _with_one_config(args) if isinstance(args, list) else args)
         path = self.config[self.config["subcommand"]].get("ckpt_path")
         if path not in (None, "last", "best", "hpc") and not zipfile.is_zipfile(path):
             raise ValueError(f"--ckpt_path {path}: no checkpoint, or a damaged one; give a .ckpt file that `fit` wrote")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Set the defaults that differ from Lightning's."""
+        """Add the options of this framework, and set the defaults that differ from Lightning's."""
         parser.set_defaults({"trainer.enable_model_summary": False, "trainer.logger": False})
+        parser.add_argument(
+            "--out",
+            type=str | None,
+            default=None,
+            help="Folder of the run: everything that it writes lies in it, unless a callback is told otherwise.",
+        )
+        parser.add_argument(
+            "--callbacks",
+            type=dict[str, Callback | None],
+            default={},
+            help="Callbacks by names of your own, in their order; flags and later files change one by its name "
+            "(--callbacks.NAME.init_args.OPTION VALUE), or leave it out (--callbacks.NAME null).",
+        )
         parser.add_argument(
             "--preflight",
             action="store_true",
             help="Tell what the run will need of memory and disk, before any weight is read, and do not run.",
         )
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Make the Trainer, with the callbacks by their names and everything in the run's folder.
+
+        Raises:
+            ValueError: The folder cannot be written.
+        """
+        config = dict(self._get(self.config_init, "trainer"))
+        named: dict[str, Callback] = {
+            name: callback for name, callback in (self._get(self.config_init, "callbacks") or {}).items() if callback
+        }
+        for name, callback in named.items():
+            if isinstance(callback, RunWriter):
+                callback.name = name
+        out = _folder_of_run(self._get(self.config, "out"), config, str(self.subcommand))
+        listed = config.get("callbacks") or []
+        together = [*(listed if isinstance(listed, list) else [listed]), *named.values()]
+        if out is not None:
+            config["default_root_dir"] = str(out)
+            for callback in together:
+                if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                    callback.dirpath = str(out)
+            config["logger"] = _with_folder(config.get("logger"), out)
+        return self._instantiate_trainer({**config, **kwargs, "callbacks": together}, [])
 
     def _run_subcommand(self, subcommand: str) -> None:
         if self._get(self.config_init, "preflight"):
@@ -53,14 +108,57 @@ class ConceptShiftCLI(LightningCLI):
             super()._run_subcommand(subcommand)
 
 
-class SaveSubcommandConfig(SaveConfigCallback):
-    """Saves the configuration as `<subcommand>.yaml`, so that several runs can share a folder."""
+def _with_one_config(arguments: list[str]) -> list[str]:
+    """Arguments of Lightning's parser, whose first is the subcommand, with all `--config` files as one."""
+    subcommand, *rest = arguments
+    config, flags = merge_configs(rest)
+    flags += logger_folder(config, flags)
+    return [subcommand, *([as_argument(config)] if config else []), *flags]
+
+
+def _folder_of_run(given: str | None, trainer: dict[str, Any], subcommand: str) -> Path | None:
+    """The folder of a run; one that leaves something out writes beside what is there from another."""
+    root = trainer.get("default_root_dir")
+    if given is not None and root is not None and user_path(given) != user_path(root):
+        raise ValueError(f"--out {given} and --trainer.default_root_dir {root} are the same thing; give one of them")
+    if given is None and root is None:
+        return None
+    out = user_path(given or str(root))
+    left_out = {
+        name: value
+        for name, whole in (("fast_dev_run", False), *_LIMITS.get(subcommand, ()))
+        if (value := trainer.get(name)) not in (None, whole, False)
+    }
+    if left_out and (trainer.get("fast_dev_run") or (out.is_dir() and any(out.iterdir()))):
+        out = trial_place(out)
+        told = ", ".join(f"--trainer.{name} {value}" for name, value in left_out.items())
+        rank_zero_warn(f"--out: {told} leaves something out of the run, so that it writes to {out} instead")
+    check_writable(out, "--out")
+    return out
+
+
+def _with_folder(logger: Any, out: Path) -> Any:
+    """A logger that was asked for by `true` is TensorBoard's, with a run of its own each time."""
+    return TensorBoardLogger(str(out), name="logs") if logger is True else logger
+
+
+class RunRecord(SaveConfigCallback):
+    """Saves the configuration as `<subcommand>.yaml`, and gives it to the loggers as hyper-parameters."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Name the file and save it beside the run's logs; a run without a logger has no folder for it."""
-        if trainer.logger is not None:
-            self.config_filename = f"{trainer.state.fn.value}.yaml" if trainer.state.fn else "config.yaml"
-            super().setup(trainer, pl_module, stage)
+        """Save beside the run's logs; without a logger in the run's folder, if it has one."""
+        # Asks all processes.
+        folder = Path(trainer.log_dir or ".") if trainer.loggers else run_folder(trainer)
+        if self.already_saved or folder is None or not trainer.is_global_zero:
+            return
+        self.already_saved = True
+        content = yaml.safe_load(self.parser.dump(self.config, skip_validation=True))
+        name = trainer.state.fn.value if trainer.state.fn else "config"
+        text = yaml.safe_dump(without_folder(content), sort_keys=False)
+        write_whole(folder / f"{name}.yaml", lambda working: working.write_text(text, encoding="utf-8"))
+        parameters = hyper_parameters(content)
+        for logger in trainer.loggers:
+            log_hyper_parameters(logger, parameters)
 
 
 def run(args: Sequence[str]) -> None:
@@ -77,7 +175,7 @@ def run(args: Sequence[str]) -> None:
         # The optimizer is an option of the module, which knows its trainable parameters.
         auto_configure_optimizers=False,
         parser_kwargs={"exit_on_error": False},
-        save_config_callback=SaveSubcommandConfig,
+        save_config_callback=RunRecord,
         save_config_kwargs={"overwrite": True},
         args=[subcommand, *return_predictions, *args[1:]],
     )

@@ -10,6 +10,9 @@ import sys
 from argparse import ArgumentError
 from collections.abc import Sequence
 
+from ..records.paths import user_flag
+from ..records.provenance import commanded
+
 # Command → module in this package with `run(args)`, and what the overview says of it. Modules are imported when
 # their command is called, so that `conceptshift --help` answers at once.
 COMMANDS = {
@@ -49,7 +52,7 @@ def overview() -> str:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status (0 done, 2 unusable input)."""
-    arguments = list(sys.argv[1:] if args is None else args)
+    arguments = [user_flag(word) for word in (sys.argv[1:] if args is None else args)]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(overview())
         return 0
@@ -60,7 +63,8 @@ def main(args: Sequence[str] | None = None) -> int:
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     command = importlib.import_module(f".{COMMANDS[arguments[0]][0]}", __package__)
     try:
-        command.run(arguments)
+        with commanded(arguments):
+            command.run(arguments)
     except (ValueError, TypeError, OSError, ArgumentError) as error:
         if os.environ.get("CONCEPTSHIFT_TRACEBACK"):
             raise

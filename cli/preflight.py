@@ -105,9 +105,12 @@ def preflight(subcommand: str, module: L.LightningModule, data: Any, trainer: L.
     for writer in cast(Any, trainer).callbacks:
         if isinstance(writer, FeatureWriter) and isinstance(module, FeatureExtraction):
             size = disk_need(module, backbone, samples, lengths)
-            if not _fits(f"disk at most in {writer.folder}", size, free_disk(writer.folder)):
+            folder = writer.planned(cast(Any, trainer))
+            if folder is None:
+                raise ValueError("--preflight: FeatureWriter: where to write? Give the run a folder: --out")
+            if not _fits(f"disk at most in {folder}", size, free_disk(folder)):
                 refused.append(
-                    f"{writer.folder}: features can need more than is free; read at fewer --model.init_args.sites, "
+                    f"{folder}: features can need more than is free; read at fewer --model.init_args.sites, "
                     "select `answer_mean` instead of `answer`, or choose another folder"
                 )
     if refused:

@@ -13,8 +13,14 @@ def user_path(given: str | os.PathLike[str]) -> Path:
 
 
 def user_name(given: str) -> str:
-    """What may be a path or a name on the hub; `~` is the home folder."""
-    return os.path.expanduser(given) if given.startswith("~") else given
+    """What may be a path or something else, such as a name on the hub; `~/` is the home folder."""
+    return os.path.expanduser(given) if given == "~" or given.startswith("~/") else given
+
+
+def user_flag(given: str) -> str:
+    """A word of a command line; in `--out=~/results` the shell leaves `~` as it is."""
+    name, equals, value = given.partition("=")
+    return f"{name}={user_name(value)}" if equals and name.startswith("--") else given
 
 
 def check_writable(path: Path, option: str) -> None:

@@ -14,7 +14,7 @@ import torch
 from conceptshift.callbacks import CausalChecker
 from conceptshift.callbacks.causal_checker import choose_cases, read_words
 from conceptshift.callbacks.parts.concept_states import ConceptStates
-from conceptshift.concepts import load_dictionary
+from conceptshift.concepts import KMeans, load_dictionary
 from conceptshift.concepts.pca import PCA
 from conceptshift.datamodules.stored_features import FeatureStore
 from conceptshift.lightning_modules import FeatureExtraction
@@ -129,10 +129,14 @@ def test_every_kind_of_site_state_and_dictionary(
 
 def test_the_token_of_interest_is_no_word_of_a_concept(tmp_path: Path) -> None:
     path = tmp_path / "concepts.json"
-    path.write_text(json.dumps({"words": [["star", "stars", "blue"], ["star"], []]}))
-    assert read_words(path, "token_of_interest:Star") == [["stars", "blue"], [], []]
+    fitted, other = (KMeans(3, seed=seed).fit(torch.randn(9, 2)) for seed in (0, 1))
+    words = {"words": [["star", "stars", "blue"], ["star"], []], "dictionary_hash": fitted.content_hash}
+    path.write_text(json.dumps(words))
+    assert read_words(path, "token_of_interest:Star", fitted) == [["stars", "blue"], [], []]
     for selector in ("token_class:star,moon", "answer"):
-        assert read_words(path, selector) == [["star", "stars", "blue"], ["star"], []]
+        assert read_words(path, selector, fitted) == [["star", "stars", "blue"], ["star"], []]
+    with pytest.raises(ValueError, match=f"{fitted.content_hash}.*{other.content_hash}"):
+        read_words(path, "answer", other)
 
 
 def test_concepts_without_words_are_listed(checked: Run, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conceptshift.datamodules import files, stored_features
+from conceptshift.datamodules import stored_features
 from conceptshift.datamodules.stored_features import (
     FeatureShardWriter,
     FeatureStore,
@@ -22,6 +22,7 @@ from conceptshift.datamodules.stored_features import (
     merge_store,
     written_ids,
 )
+from conceptshift.records import files
 from safetensors import safe_open
 
 METADATA: dict[str, Any] = {
@@ -251,7 +252,7 @@ def test_a_full_disk_leaves_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     begin_store(folder, METADATA, resumed=False, overwrite=False)
     add(writer := FeatureShardWriter(folder, 0, 1), [1, 2])
     if failing == "os.replace":
-        monkeypatch.setattr("conceptshift.datamodules.files.os.replace", _raising(full))
+        monkeypatch.setattr("conceptshift.records.files.os.replace", _raising(full))
     else:
         write = files.write_whole
 
@@ -263,7 +264,7 @@ def test_a_full_disk_leaves_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             write(path, half if path.name.endswith(failing) else content)
 
         monkeypatch.setattr("conceptshift.datamodules.stored_features.write_whole", write_until_full)
-        monkeypatch.setattr("conceptshift.datamodules.files.write_whole", write_until_full)
+        monkeypatch.setattr("conceptshift.records.files.write_whole", write_until_full)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(OSError, match=r"cannot be written \(No space left on device\); free some space") as caught:
         begin_store(tmp_path / "another", METADATA, False, False) if failing == "metadata.json" else add(writer, [3, 4])

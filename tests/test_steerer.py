@@ -14,7 +14,6 @@ from conceptshift.concepts import KMeans, SteeringVectors, load_dictionary, load
 from conceptshift.datamodules.stored_features import FeatureStore
 from conceptshift.lightning_modules import SteeringStep, VisionLanguageModel
 from conceptshift.lightning_modules.backbone import Steering
-from conceptshift.lightning_modules.steering import dictionary_hash
 from torch import Tensor
 
 Run = Callable[..., Any]
@@ -116,7 +115,7 @@ def test_a_step_with_a_condition_loads_its_dictionary(tmp_path: Path, file: str,
     assert torch.equal(step.vector, rows)
     known = load_dictionary(folder / "dictionary.safetensors")
     for concepts in (known, known.with_concepts(2 * known.dictionary)):
-        noted = {**metadata, "dictionary_hash": dictionary_hash(concepts)}
+        noted = {**metadata, "dictionary_hash": concepts.content_hash}
         SteeringVectors({"lm.block.1": rows}, {}, noted).save(by_concept)
         if concepts is known:
             assert SteeringStep(str(by_concept)).load().by_concept

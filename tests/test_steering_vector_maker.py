@@ -25,7 +25,6 @@ from conceptshift.datamodules import Batch, Sample
 from conceptshift.datamodules.stored_features import FeatureShardWriter, FeatureStore, begin_store, merge_store
 from conceptshift.lightning_modules import Extraction
 from conceptshift.lightning_modules.backbone import Rows
-from conceptshift.lightning_modules.steering import dictionary_hash
 
 Run = Callable[..., Any]
 
@@ -293,7 +292,7 @@ def test_fine(replay: Run, tmp_path: Path) -> None:
     assert made.metadata["concept_pairs"] == {"lm.block.1": [list(pair) for pair in pairs]}
     assert len(pairs) == 1
     assert made.metadata["dictionary"] == str(path)
-    assert made.metadata["dictionary_hash"] == dictionary_hash(dictionary)
+    assert made.metadata["dictionary_hash"] == dictionary.content_hash
     of_concept = f"{{selector: answer, concept: {{dictionary: {path}, index: {pairs[0][1]}}}}}"
     assert replay(store.folder, **{**YES_NO, "target": of_concept}).status == 0
     assert load_steering_vectors("vector.safetensors").vectors["lm.block.1"].tolist() == [4, 1]

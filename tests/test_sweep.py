@@ -489,7 +489,7 @@ def test_a_sweep_and_its_scorer_need_each_other(
     module = SteeringSweep("none", {"v": "toward.safetensors"})
     nothing: Any = SimpleNamespace(callbacks=[], datamodule=None)
     with pytest.raises(TypeError, match="SweepScorer needs a data module of pictures"):
-        SweepScorer("swept", [SweepTarget("no", "no")]).setup(nothing, module, "predict")
+        SweepScorer([SweepTarget("no", "no")], "swept").setup(nothing, module, "predict")
 
 
 def test_samples_left_out_by_the_trainer(sweep: Run) -> None:

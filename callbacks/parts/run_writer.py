@@ -85,12 +85,11 @@ class RunWriter(Callback):
             ValueError: Nobody has said where, it cannot be written, or another callback writes there.
         """
         option = f"{self.name or type(self).__name__}.{self.option}"
-        folder = run_folder(trainer)
-        if self.told is None and folder is None:
+        place = self.planned(trainer)
+        if place is None:
             if required:
                 raise ValueError(f"{option}: where to write? Give the run a folder: --out checkpoints/NAME")
             return
-        place = self.told if self.told is not None else cast(Path, folder) / self._place()
         left_out = limits(trainer)
         in_trial = any(part.endswith(TRIAL) for part in place.parts)
         if left_out and not in_trial and (place.exists() or "fast_dev_run" in left_out):
@@ -106,6 +105,11 @@ class RunWriter(Callback):
                     f"`callbacks`, or give each its own `{self.option}`"
                 )
         self._out = place
+
+    def planned(self, trainer: L.Trainer) -> Path | None:
+        """Where it would write in a whole run, if anybody has said so."""
+        folder = run_folder(trainer)
+        return self.told if self.told is not None or folder is None else folder / self._place()
 
     def writes(self, place: Path) -> bool:
         """Whether this is where it writes, as far as it is known."""

@@ -8,16 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import numpy as np
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ...records.files import write_whole
 from .figure_style import GRAY, INK, MARKERS, PALE, PALETTE, SOFT, STYLE
-from .numbers import log_numbers
 
 Json = dict[str, Any]
 Row = Mapping[str, Any]
@@ -46,13 +44,13 @@ _METRICS = (
 )
 
 
-def show_sweep(sweep: Json, folder: Path, trainer: L.Trainer) -> None:
+def show_sweep(sweep: Json, folder: Path, loggers: Sequence[Logger]) -> None:
     """Draw a sweep into a folder and into TensorBoard, whose HParams get the Pareto front and the unsteered run.
 
     Args:
         sweep: Content of `sweep.json`.
         folder: Takes `figures/*.png` and `*.svg`.
-        trainer: Its loggers take every number, and TensorBoard the figures.
+        loggers: Of the trainer.
     """
     figures = {"pareto": pareto_figure(sweep)}
     if _groups(sweep):
@@ -60,17 +58,7 @@ def show_sweep(sweep: Json, folder: Path, trainer: L.Trainer) -> None:
     for name, figure in figures.items():
         for kind in ("png", "svg"):
             write_whole(folder / "figures" / f"{name}.{kind}", partial(figure.savefig, format=kind, dpi=144))
-    log_numbers(
-        trainer,
-        {
-            f"sweep/{sweep['name']}/{row['name']}/{name}": row["scores"][name]
-            for row in sweep["runs"]
-            for name in _METRICS
-            if name in row["scores"]
-        },
-        0,
-    )
-    for logger in trainer.loggers:
+    for logger in loggers:
         if isinstance(logger, TensorBoardLogger):
             for name, figure in figures.items():
                 logger.experiment.add_figure(f"sweep/{sweep['name']}/{name}", figure, close=False)
@@ -78,6 +66,16 @@ def show_sweep(sweep: Json, folder: Path, trainer: L.Trainer) -> None:
                 # Not all: of more than 40 runs TensorBoard hides everything until they are chosen one by one.
                 if row["pareto"] or row["kind"] == "unsteered":
                     _log_hparams(logger, sweep["name"], number, row)
+
+
+def sweep_numbers(sweep: Json) -> dict[str, float]:
+    """Tag → score, of all runs of a sweep."""
+    return {
+        f"sweep/{sweep['name']}/{row['name']}/{name}": row["scores"][name]
+        for row in sweep["runs"]
+        for name in _METRICS
+        if name in row["scores"]
+    }
 
 
 def _log_hparams(logger: TensorBoardLogger, target: str, number: int, row: Row) -> None:
