@@ -15,6 +15,8 @@ import yaml
 from ..datamodules import CaptionDataModule, VQADataModule
 from ..datamodules.shapes import write_shapes
 from ..records.files import write_json
+from ..records.paths import user_path
+from ..records.provenance import KEY, commanded, made_now
 from . import lightning_cli
 from .command import run_command
 from .mean_token import mean_token
@@ -46,7 +48,7 @@ def demo(out: str = "checkpoints/demo", images: int = 4000) -> None:
         out: Folder of the run; data, configurations, adapter, features, TensorBoard logs, results, report.
         images: Pictures to generate.
     """
-    job = _Demo(Path(out))
+    job = _Demo(user_path(out))
     job.stage("data", lambda: write_shapes(job.out / "data", images))
     job.stage("score original", job.score_original)
     job.stage("fine-tune", lambda: job.run("fit", "finetune", "monitor"))
@@ -101,15 +103,16 @@ class _Demo:
         paths = [self._moved(config, answers, leave_out) for config in configs]
         given = [subcommand, *(part for path in paths for part in ("--config", str(path))), *options]
         print("conceptshift", *given)
-        lightning_cli.run(given)
+        with commanded(given):
+            lightning_cli.run(given)
 
     def _moved(self, config: str, answers: str | None, leave_out: str | None) -> Path:
         content = self._in_run(yaml.safe_load((PACKAGE / "configs" / f"{config}.yaml").read_text()))
         if leave_out is not None:
             content = _without(content, leave_out)
         if answers is not None:
-            (scorer,) = (one for one in content["trainer"]["callbacks"] if one["class_path"] in _SCORERS)
-            scorer["init_args"]["out"] = str(self.out / f"{answers}.json")
+            (scorer,) = (one for one in content["callbacks"].values() if one["class_path"] in _SCORERS)
+            scorer.setdefault("init_args", {})["out"] = str(self.out / f"{answers}.json")
             if not answers.endswith("original"):
                 original = f"{answers.partition('-')[0]}-original.json"
                 scorer["init_args"]["baseline"] = str(self.out / original)
@@ -131,8 +134,8 @@ class _Demo:
             return value
         if rest[0] == "shapes-llava":
             return str(PACKAGE / value)
-        # Extraction and monitor are the run itself; the other workflows get a folder each.
-        return str(self.out.joinpath(*rest[rest[0] in ("shift", "monitor") :]))
+        # Training and extraction are the run itself; the other workflows get a folder each.
+        return str(self.out.joinpath(*rest[rest[0] in ("finetune", "monitor", "shift") :]))
 
     # --- steering -------------------------------------------------------------------------------------------
 
@@ -174,7 +177,7 @@ class _Demo:
 
     def score_destination(self) -> None:
         """Captions of the destination, beside the original's."""
-        adapter = str(self.out / "finetune" / "adapter")
+        adapter = str(self.out / "adapter")
         self.run("validate", "caption", options=("--model.init_args.adapter", adapter), answers="captions-destination")
 
     def score_steered(self) -> None:
@@ -207,6 +210,7 @@ class _Demo:
             "visual_tokens": self._visual_tokens(),
             "model": "shapes-llava, fine-tuned by LoRA on captions that name a color",
             "data": "Shapes, generated",
+            KEY: {"seed": 0, **made_now()},
             "seconds": self.seconds,
             "versions": {name: version(name) for name in _VERSIONS} | {"python": platform.python_version()},
         }

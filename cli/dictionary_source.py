@@ -93,7 +93,7 @@ class DictionarySource:
             checkpoints = self.features.get("checkpoints", {})
             destination = destination or self._recorded(checkpoints, self.variant, "--destination")
             backbone.add_destination(destination, self.variant)
-        # Lightning's true half precision converts the weights; their hash was taken afterwards.
+        # Lightning's true half precision converts the weights.
         converted = {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(str(self.features.get("precision")))
         if converted is not None:
             backbone.to(converted)
@@ -113,6 +113,6 @@ class DictionarySource:
     def _check(self, recorded: str | None, found: str | None, where: str, flag: str) -> None:
         if recorded not in (None, found):
             raise ValueError(
-                f"{self.path}: learned from other weights than those in {where!r}; give the folder of the right ones "
-                f"with {flag}"
+                f"{self.path}: learned from other weights ({recorded}) than those in {where!r} ({found}); give the "
+                f"folder of the right ones with {flag}"
             )

@@ -11,13 +11,16 @@ from torch import Tensor
 
 from ..callbacks.parts.grounding import GroundingOptions, words_of
 from ..callbacks.parts.heat_maps import concept_overlays
+from ..callbacks.parts.sources import read_concepts
 from ..concepts import ConceptDictionary, load_dictionary
-from ..datamodules.annotations import read_annotations
 from ..datamodules.images import BadImageError, read_image
 from ..lightning_modules import VisionLanguageModel
 from ..lightning_modules.backbone import Generation, Selector, Site
 from ..lightning_modules.backbone.readout import Readout
 from ..records.files import write_json, write_whole
+from ..records.hashes import file_hash
+from ..records.paths import user_path
+from ..records.provenance import made_now
 from .command import run_command
 from .dictionary_source import DictionarySource
 from .explain_figure import Explanation, explain_figure
@@ -57,8 +60,8 @@ def explain(
     """
     if concepts < 1:
         raise ValueError(f"--concepts must be at least 1, got {concepts}")
-    picture = _read_picture(Path(image))
-    path = Path(dictionary)
+    picture = _read_picture(user_path(image))
+    path = user_path(dictionary)
     path = path / "dictionary.safetensors" if path.is_dir() else path
     learned = load_dictionary(path)
     source = DictionarySource.of(learned, path)
@@ -71,10 +74,18 @@ def explain(
         explanation = _explain(backbone, learned, source, chosen, picture, asked, concepts)
     print(_as_text(explanation))
     if json is not None:
-        origin = {"image": image, "dictionary": str(path), "model_id": backbone.source, "variant": source.variant}
+        origin = {
+            "image": image,
+            "image_hash": file_hash(user_path(image)),
+            "dictionary": str(path),
+            "dictionary_hash": learned.content_hash,
+            "model_id": backbone.source,
+            "weights_hash": backbone.weights_hash(),
+            "variant": source.variant,
+        }
         found = {name: getattr(explanation, name) for name in ("prompt", "answer", "activations", "top", "words")}
-        write_json(Path(json), {**origin, "site": source.site, "selector": chosen.name, **found})
-    target = Path(out or f"{Path(image).stem}-concepts.png")
+        write_json(user_path(json), {**origin, **made_now(), "site": source.site, "selector": chosen.name, **found})
+    target = user_path(out or f"{Path(image).stem}-concepts.png")
     kind = target.suffix.removeprefix(".") or "png"
     write_whole(target, lambda working: explain_figure(explanation).savefig(working, format=kind, dpi=130))
     print(f"figure   {target}")
@@ -126,7 +137,7 @@ def _explain(
         print(f"no heat-maps: {error}")
         overlays = []
     state = f"{selector.name}, {site.name}"
-    words = _words(source.path, backbone, U, site.name)
+    words = _words(source.path, backbone, dictionary, site.name)
     return Explanation(picture, prompt, answer, state, activations.tolist(), top, words, overlays, signed)
 
 
@@ -134,14 +145,13 @@ def _states(backbone: VisionLanguageModel, generation: Generation, site: Site, s
     return generation.select(selector, backbone.vocabulary).states[site.name].float().cpu()
 
 
-def _words(path: Path, backbone: VisionLanguageModel, U: Tensor, site: str) -> list[list[str]]:
+def _words(path: Path, backbone: VisionLanguageModel, dictionary: ConceptDictionary, site: str) -> list[list[str]]:
     """The words that were found when the dictionary was fitted, where they lie beside it."""
     beside = path.with_name("concepts.json")
     if beside.is_file():
-        words: list[list[str]] = read_annotations(beside, "words")["words"]
-        if len(words) == len(U):
-            return words
-    return words_of(Readout.from_model(backbone), U, site, GroundingOptions())
+        words: list[list[str]] = read_concepts(beside, dictionary)["words"]
+        return words
+    return words_of(Readout.from_model(backbone), dictionary.dictionary, site, GroundingOptions())
 
 
 def _as_text(explanation: Explanation) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from PIL import Image
 
 from ..lightning_modules import SteeringStep, VisionLanguageModel
 from ..lightning_modules.backbone.steered_export import save_steered
+from ..records.paths import user_path
 from .command import run_command
 
 
@@ -33,7 +33,7 @@ def export_steered(
     backbone = VisionLanguageModel.load(model, revision=revision)
     noise = torch.randint(256, (64, 64, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     inputs = backbone.encode([Image.fromarray(noise.numpy())], ["What is in the picture?"])
-    difference = save_steered(backbone, steering, Path(out), inputs)
+    difference = save_steered(backbone, steering, user_path(out), inputs)
     print(f"{out}: {model} with {alpha:g} times the vector of {steering.site}; logits equal to {difference:.0e}")
 
 

@@ -7,12 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-import transformers
 from torch import Tensor
 from tqdm import tqdm
 
-from .. import __version__
 from ..datamodules.foreign_features import ForeignFeatures, sample_ids
 from ..datamodules.stored_features import FeatureShardWriter, FeatureStore, Row, begin_store, merge_store
 from ..lightning_modules import VisionLanguageModel
@@ -20,6 +17,8 @@ from ..lightning_modules.backbone import Selector
 from ..lightning_modules.backbone.destinations import DESTINATION, ORIGINAL
 from ..lightning_modules.backbone.readout import Readout
 from ..records.files import replacing
+from ..records.paths import user_path
+from ..records.provenance import made_now, mismatch
 from .command import run_command
 
 _SHARD_ROWS = 4096
@@ -83,7 +82,7 @@ def import_features(
     if model is None:
         raise ValueError("--model is needed, the folder or hub id of the original model: its unembedding gives words")
     selector = "token_of_interest" if word is None else Selector.parse(f"token_of_interest:{word}").name
-    files = [ForeignFeatures.read(Path(path)) for path in (original, destination) if path is not None]
+    files = [ForeignFeatures.read(user_path(path)) for path in (original, destination) if path is not None]
     ids = sample_ids(files)
     _check_common(files, ids)
     backbone = VisionLanguageModel.load(model)
@@ -93,7 +92,7 @@ def import_features(
     ]
     _check_sites(backbone, variants)
     metadata = _metadata(backbone, variants, selector)
-    target = Path(out)
+    target = user_path(out)
     _check_target(target, metadata)
     with replacing(target) as working:
         begin_store(working, metadata, resumed=False, overwrite=True)
@@ -176,6 +175,7 @@ def _metadata(backbone: VisionLanguageModel, variants: Sequence[_Variant], selec
     return {
         "model_id": backbone.source,
         "revision": None,
+        **backbone.hashes,
         "weights_hash": backbone.weights_hash(),
         # Where the destination's weights are is not in its file; the file stands for them, so that dictionaries of two
         # destinations are not mixed up.
@@ -189,7 +189,7 @@ def _metadata(backbone: VisionLanguageModel, variants: Sequence[_Variant], selec
             variant.name: {"file": variant.file.path.name, "hash": variant.file.sha256, "modules": variant.modules}
             for variant in variants
         },
-        "versions": {"conceptshift": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        **made_now(),
     }
 
 
@@ -202,8 +202,11 @@ def _check_target(target: Path, metadata: Row) -> None:
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     finished = (target / "states.parquet").is_file()
-    if not finished or FeatureStore(target).metadata != metadata:
-        raise ValueError(f"--out {target}: is there and holds something else than this import; choose another folder")
+    odd = mismatch(FeatureStore(target).metadata, metadata) if finished else "it is no finished store"
+    if odd is not None:
+        raise ValueError(
+            f"--out {target}: is there and holds something else than this import ({odd}); choose another folder"
+        )
 
 
 def _write(writer: FeatureShardWriter, variant: _Variant, selector: str, images: str | None) -> None:

@@ -13,6 +13,7 @@ from ..callbacks.mean_token_maker import MeanTokenMaker
 from ..datamodules import PicturesDataModule
 from ..lightning_modules import FeatureExtraction
 from ..lightning_modules.backbone.loading import DeviceMap, Quantization
+from ..records.paths import user_path
 from .command import run_command
 from .prediction import own_flags, predict
 from .preflight import GIB, disk_need, free_disk, measured, skeleton
@@ -78,7 +79,7 @@ def mean_token(
         )
         callbacks: list[Callback] = [MeanTokenMaker(out, annotations)]
         if states is not None:
-            check_states(Path(states), module, data)
+            check_states(user_path(states), module, data)
             callbacks.append(FeatureWriter(states))
         predict(module, data, callbacks, devices)
 

@@ -12,11 +12,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..datamodules.images import BadImageError, read_image
 from ..records.files import write_whole
+from ..records.paths import user_path
 from .command import run_command
 from .report_concepts import dictionary_view
 from .report_dictionaries import Fitted, comparison_view, ordered
 from .report_files import read_json, read_texts
 from .report_inspection import SHAPES, Inspected, inspection_fault, inspection_view
+from .report_origins import check_side_by_side, models_of, origins_view
 from .report_samples import answers_view, captions_view, color_parts
 from .report_scores import SCORES, facts_view, headline_view, scores_view
 from .report_shift import SHIFT, shift_view
@@ -47,7 +49,8 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
 
     Raises:
         FileNotFoundError: The folder has neither `results.json`, nor a dictionary, a shift, a sweep, or a look inside.
-        ValueError: A file is no JSON, or not what its name says, or of another dictionary than the one beside it.
+        ValueError: A file is no JSON, or not what its name says, or of another dictionary than the one beside it; or
+            texts that are shown side by side are of different models.
     """
     view = _view(folder)
     templates = FileSystemLoader(Path(__file__).parent / "templates")
@@ -109,6 +112,8 @@ def _view(folder: Path) -> Json:
     dictionaries = fitted or [
         Fitted(name, "", {"words": [], **summary}) for name, summary in results["concepts"].items() if summary
     ]
+    check_side_by_side(folder)
+    origins = origins_view(folder)
     samples = _samples(folder)
     captions = {variant: _predictions(folder / f"captions-{variant}.json") for variant in VARIANTS}
     answers = {variant: _predictions(folder / f"answers-{variant}.json") for variant in VARIANTS}
@@ -126,6 +131,8 @@ def _view(folder: Path) -> Json:
         "captions": captions_view(captions, samples, pictures),
         "answers": answers_view(answers, samples, pictures),
         "results": results,
+        "origins": origins,
+        "models": models_of(origins),
     }
 
 
@@ -231,6 +238,8 @@ def _dictionaries(folder: Path) -> list[Fitted]:
         concepts = read_json(path, "words") or {}
         scores = read_json(path.with_name("scores.json"), "scores", "overlap", "methods", "words")
         causal = read_json(path.with_name("causal.json"), "concepts", "left_out")
+        for name, callback in (("scores.json", "GroundingScorer"), ("causal.json", "CausalChecker")):
+            _check_dictionary(path, concepts, path.with_name(name), callback)
         if scores and scores["words"].get(scores.get("method")) != concepts["words"]:
             raise ValueError(_stale(path.with_name("scores.json"), "GroundingScorer"))
         for row in causal["concepts"] if causal else ():
@@ -240,6 +249,16 @@ def _dictionaries(folder: Path) -> list[Fitted]:
         name = path.parent.relative_to(folder).as_posix()
         found.append(Fitted(name, str(path.parent), concepts, scores, causal))
     return ordered(found)
+
+
+def _check_dictionary(concepts_path: Path, concepts: Json, path: Path, callback: str) -> None:
+    """Refuse what was found of another dictionary than the one beside it."""
+    known, found = concepts.get("dictionary_hash"), (read_json(path) or {}).get("dictionary_hash")
+    if None not in (known, found) and known != found:
+        raise ValueError(
+            f"{path}: of another dictionary ({found}) than {concepts_path} ({known}); run {callback} again, or "
+            "remove it"
+        )
 
 
 def _stale(path: Path, callback: str) -> str:
@@ -259,7 +278,7 @@ def report(folder: str, out: str | None = None) -> None:
             sweep's targets.
         out: File to write; `report.html` in the folder by default.
     """
-    print(write_report(Path(folder), None if out is None else Path(out)))
+    print(write_report(user_path(folder), None if out is None else user_path(out)))
 
 
 def run(args: Sequence[str]) -> None:

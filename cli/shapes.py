@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from ..datamodules.shapes import write_shapes
+from ..records.paths import user_path
 from .command import run_command
 
 
@@ -18,7 +18,7 @@ def shapes(out: str, images: int = 1000, seed: int = 0, max_things: int = 3) -> 
         seed: The same seed gives the same bytes.
         max_things: Things in a picture at most, 1 to 3.
     """
-    print(write_shapes(Path(out), images, seed, max_things))
+    print(write_shapes(user_path(out), images, seed, max_things))
 
 
 def run(args: Sequence[str]) -> None:

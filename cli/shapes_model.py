@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from ..datamodules import CAPTION_PROMPT, VQA_PROMPT
 from ..datamodules.shapes import random_scene
 from ..datamodules.shapes.language import captions, questions
 from ..lightning_modules.backbone.tiny import write_tiny_llava
+from ..records.paths import user_path
 from .command import run_command
 
 _SCENES = 3000  # enough for every word of Shapes to become one token
@@ -33,7 +33,7 @@ def shapes_model(out: str) -> None:
     Args:
         out: Folder to write.
     """
-    print(write_tiny_llava(Path(out), shapes_corpus()))
+    print(write_tiny_llava(user_path(out), shapes_corpus()))
 
 
 def run(args: Sequence[str]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from ...concepts import ground_images, ground_words
 from ...lightning_modules.backbone.readout import Readout
+from ...records.paths import user_path
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def _read_words(path: str | None, name: str) -> frozenset[str] | None:
     if path is None:
         return None
     try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+        lines = user_path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"grounding.{name} {path}: cannot be read ({error}); give a text file") from error
     words = frozenset(word for line in lines if (word := line.strip().lower()))
