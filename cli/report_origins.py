@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,35 @@ _COMPARED = ("weights_hash", "dtype", "quantization", "precision", "max_new_toke
 _DIGITS = 12  # of a hash, as many as git shows
 
 
-def origins_view(folder: Path) -> list[Json]:
-    """One row a result below a folder: which it is, and what made it; those that do not tell are left out."""
-    return [_row(path.relative_to(folder).as_posix(), content) for path, content in _results(folder)]
+@dataclass
+class Origin:
+    """What made one result, or several alike.
+
+    Attributes:
+        names: The results, as paths from the run folder.
+        model: The model, with the first digits of its hash.
+        facts: Name and value of what is to be told.
+    """
+
+    names: list[str]
+    model: str
+    facts: list[tuple[str, str]]
 
 
-def models_of(rows: list[Json]) -> list[str]:
+def origins_view(folder: Path) -> list[Origin]:
+    """What made the results below a folder; those that do not tell are left out."""
+    found: dict[tuple[tuple[str, str], ...], Origin] = {}
+    for path, content in _results(folder):
+        name, model, facts = path.relative_to(folder).as_posix(), _model(content), _facts(content)
+        # Of results of one run, seconds apart, the first one's date will do.
+        alike = tuple(fact for fact in facts if fact[0] != "made")
+        found.setdefault(alike, Origin([], model, facts)).names.append(name)
+    return list(found.values())
+
+
+def models_of(origins: list[Origin]) -> list[str]:
     """The models that results are of, if there are several."""
-    models = list(dict.fromkeys(row["model"] for row in rows if row["model"]))
+    models = list(dict.fromkeys(origin.model for origin in origins if origin.model))
     return models if len(models) > 1 else []
 
 
@@ -53,22 +75,29 @@ def _results(folder: Path) -> Iterator[tuple[Path, Json]]:
                 yield path, content
 
 
-def _row(name: str, content: Json) -> Json:
+def _model(content: Json) -> str:
     made = _object(content[KEY])
-    data, limits = _object(made.get("data")), _object(made.get("limits"))
     weights = str(made.get("weights_hash", "")).rpartition(":")[2][:_DIGITS]
-    return {
-        "name": name,
-        "model": " ".join(filter(None, (str(made.get("model_id") or ""), weights))),
-        "destinations": _destinations(made),
-        "steering": len(made.get("steering") or []),
+    return " ".join(filter(None, (str(made.get("model_id") or ""), weights)))
+
+
+def _facts(content: Json) -> list[tuple[str, str]]:
+    made = _object(content[KEY])
+    data = _object(made.get("data"))
+    steering = [f"{step.get('file')}, α {step.get('alpha')}" for step in made.get("steering") or [] if _object(step)]
+    facts = {
+        "model": _model(content),
+        "destinations": ", ".join(_destinations(made)),
+        "steering": "; ".join(steering),
         "data": " ".join(str(data[key]) for key in ("class", "root", "path", "split") if data.get(key)),
-        "coverage": content.get("coverage") or _coverage(data, limits),
+        "samples": content.get("coverage") or _coverage(data, _object(made.get("limits"))),
         "prompt": str(data.get("prompt") or "").strip(),
+        "tokens at most": made.get("max_new_tokens"),
         "seed": made.get("seed"),
-        "command": str(made.get("command") or ""),
-        "date": str(made.get("date") or ""),
+        "command": made.get("command"),
+        "made": made.get("date"),
     }
+    return [(name, str(value)) for name, value in facts.items() if value not in (None, "")]
 
 
 def _destinations(made: Json) -> list[str]:
