@@ -23,7 +23,7 @@ from ..records.files import write_whole
 from ..records.paths import check_writable, user_path
 from .config_files import as_argument, merge_configs
 from .preflight import preflight
-from .run_loggers import hyper_parameters, log_hyper_parameters, logger_folder, without_folder
+from .run_loggers import LOGS, hyper_parameters, log_hyper_parameters, logger_folder, without_folder
 
 # What of the Trainer's leaves a part of a run out, and its value where it does not.
 _LIMITS = {
@@ -139,7 +139,7 @@ def _folder_of_run(given: str | None, trainer: dict[str, Any], subcommand: str) 
 
 def _with_folder(logger: Any, out: Path) -> Any:
     """A logger that was asked for by `true` is TensorBoard's, with a run of its own each time."""
-    return TensorBoardLogger(str(out), name="logs") if logger is True else logger
+    return TensorBoardLogger(str(out), name=LOGS) if logger is True else logger
 
 
 class RunRecord(SaveConfigCallback):

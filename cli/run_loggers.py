@@ -11,6 +11,9 @@ from torch.utils.tensorboard.summary import hparams
 
 from .config_files import CLASS, OPTIONS, Config, find_class, flag_values
 
+LOGS = "logs"
+"""Where in the folder of a run its loggers write."""
+
 _FOLDER = "save_dir"
 # What of a configuration tells one run from another.
 _TOLD = ("seed_everything", "model", "data", "trainer", "callbacks")
@@ -29,15 +32,16 @@ def logger_folder(config: Config, flags: Sequence[str]) -> list[str]:
     out = next(iter(flag_values(flags, "out")[-1:]), config.get("out"))
     if out is None:
         return []
+    folder = f"{out}/{LOGS}"
     given = config.get("trainer", {}).get("logger") if isinstance(config.get("trainer"), dict) else None
     for logger in given if isinstance(given, list) else [given]:
         if isinstance(logger, dict) and CLASS in logger and _takes_folder(logger[CLASS]):
             options = logger.setdefault(OPTIONS, {}) or {}
             if _FOLDER not in options:
-                logger[OPTIONS] = {_FOLDER: str(out), **options}
+                logger[OPTIONS] = {_FOLDER: folder, **options}
     named = [*flag_values(flags, "trainer.logger"), *flag_values(flags, f"trainer.logger.{CLASS}")][-1:]
     told = any(flag_values(flags, f"trainer.logger.{key}") for key in (_FOLDER, f"{OPTIONS}.{_FOLDER}"))
-    return [f"--trainer.logger.{OPTIONS}.{_FOLDER}={out}"] if named and not told and _takes_folder(named[0]) else []
+    return [f"--trainer.logger.{OPTIONS}.{_FOLDER}={folder}"] if named and not told and _takes_folder(named[0]) else []
 
 
 def without_folder(config: Config) -> Config:
@@ -45,7 +49,7 @@ def without_folder(config: Config) -> Config:
     given = (config.get("trainer") or {}).get("logger")
     for logger in given if isinstance(given, list) else [given]:
         options = logger.get(OPTIONS) if isinstance(logger, dict) else None
-        if options and options.get(_FOLDER) == config.get("out") is not None:
+        if options and options.get(_FOLDER) == f"{config.get('out')}/{LOGS}":
             del options[_FOLDER]
     return config
 

@@ -17,6 +17,9 @@ from .backbone.loading import DeviceMap, Quantization
 from .backbone.parts import PARTS, Part, lora_targets, train_only
 from .base import BackboneModule
 
+# Of a checkpoint: which model was trained.
+_BASE = "base_model"
+
 
 @dataclass
 class LoraOptions:
@@ -202,6 +205,24 @@ class FineTuning(BackboneModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     # --- checkpoints hold what is trained -----------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note which model is trained: without it, the trainable parameters are good for nothing."""
+        checkpoint[_BASE] = {"model_id": self.model_id, "weights_hash": self.backbone.weights_hash()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to go on with another model of the same shapes.
+
+        Raises:
+            ValueError: The checkpoint is of another one; names both.
+        """
+        base, own = checkpoint.get(_BASE), self.backbone.weights_hash()
+        # A model without files has other weights as soon as it is trained.
+        if base is not None and base["weights_hash"] != own and not self.random_weights:
+            raise ValueError(
+                f"--ckpt_path: of a training of {base['model_id']} (weights {base['weights_hash']}), not of "
+                f"{self.model_id} (weights {own}); resume with the model of the run that wrote it"
+            )
 
     def _trainable(self) -> set[str]:
         return {name for name, parameter in self.named_parameters() if parameter.requires_grad}

@@ -122,7 +122,7 @@ def test_tensorboard_shows_losses_scores_concepts_and_their_shift(folder: Path) 
     shift = EventAccumulator(str(folder / "logs"))
     shift.Reload()
     assert {"concepts/original-kmeans", "shift/kmeans/words"} <= set(shift.Tags()["images"])
-    assert "shift/kmeans/magnitude/concept_00" in shift.Tags()["scalars"]
+    assert "shift/kmeans/concept_00/magnitude" in shift.Tags()["scalars"]
 
 
 def test_concepts_were_watched_while_the_model_trained(folder: Path) -> None:

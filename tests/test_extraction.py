@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -94,7 +95,9 @@ def test_a_store_tells_where_it_comes_from(predict: Run, tmp_path: Path, tiny: P
     assert metadata["model_id"] == str(tiny)
     assert metadata["sites"] == ["lm.block.1"]
     assert metadata["data"]["root"] == str(shapes)
-    assert len(metadata["weights_hash"]) == 64
+    content = (tiny / "model.safetensors").read_bytes()
+    name = json.dumps({"model.safetensors": hashlib.sha256(content).hexdigest()})
+    assert metadata["weights_hash"] == f"files:{hashlib.sha256(name.encode()).hexdigest()}"
     row = FeatureStore(tmp_path / "store").samples("original")["1"]
     assert row["image"] == str(shapes / "train2014" / "COCO_train2014_000000000001.jpg")
     assert len(row["references"]) == 5
@@ -189,7 +192,7 @@ def test_overwriting_an_unfinished_store_extracts_everything(
     with torch.no_grad():
         changed.final_norm.weight.mul_(2)  # type: ignore[operator]
     changed.save(model)
-    assert "weights_hash differs" in predict(tmp_path / "store", *options, model=model).error
+    assert "`weights_hash` was 'files:" in predict(tmp_path / "store", *options, model=model).error
     done = predict(tmp_path / "store", *options, "--trainer.callbacks.overwrite=true", model=model)
     assert done.status == 0, done.err
     assert len(FeatureStore(tmp_path / "store").samples("original")) == 6
@@ -199,7 +202,7 @@ def test_another_runs_store_is_refused(predict: Run, tmp_path: Path) -> None:
     assert predict(tmp_path / "store", "--data.limit=2").status == 0
     before = {path: path.read_bytes() for path in (tmp_path / "store").rglob("*") if path.is_file()}
     error = predict(tmp_path / "store", "--data.limit=2", "--model.max_new_tokens=3").error
-    assert f"{tmp_path / 'store'}: holds the features of another run (max_new_tokens differs)" in error
+    assert f"{tmp_path / 'store'}: holds the features of another run (`max_new_tokens` was 5, and is 3)" in error
     assert {path: path.read_bytes() for path in (tmp_path / "store").rglob("*") if path.is_file()} == before
     more = ("--data.limit=2", "--model.max_new_tokens=3", "--trainer.callbacks.overwrite=true")
     assert predict(tmp_path / "store", *more).status == 0
@@ -215,7 +218,7 @@ def test_a_full_disk(predict: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPat
             _full()
         replace(source, target)
 
-    monkeypatch.setattr("conceptshift.datamodules.files.os.replace", until_full)
+    monkeypatch.setattr("conceptshift.records.files.os.replace", until_full)
     error = predict(tmp_path / "store", "--data.limit=3").error
     assert "No space left on device" in error
     assert failing in error

@@ -174,7 +174,7 @@ def test_only_exactly_the_same_run_is_resumed(tmp_path: Path) -> None:
     assert written_ids(tmp_path, RUN) == {"001"}
     assert written_ids(tmp_path, {**RUN, "model_id": "other"}) == set()
     assert written_ids(tmp_path, {**RUN, "new_option": 1}) == set()
-    with pytest.raises(ValueError, match=r"another run \(hash differs\).*overwrite: true"):
+    with pytest.raises(ValueError, match=r"another run \(`hash` was \'1\', and is \'2\'\).*overwrite: true"):
         begin_store(tmp_path, {**METADATA, "hash": "2"}, resumed=True, overwrite=False)
     assert written_ids(tmp_path, RUN) == {"001"}
 
@@ -188,7 +188,7 @@ def test_another_runs_store_is_kept_unless_overwritten(tmp_path: Path, finished:
     if finished:
         merge_store(tmp_path)
     other = {**METADATA, "model_id": "other"}
-    with pytest.raises(ValueError, match=r"another run \(model_id differs\).*overwrite: true"):
+    with pytest.raises(ValueError, match=r"another run \(`model_id` was \'m\', and is \'other\'\).*overwrite: true"):
         begin_store(tmp_path, other, resumed=False, overwrite=False)
     assert list(tmp_path.glob("rank-*/*.safetensors"))
     begin_store(tmp_path, other, resumed=False, overwrite=True)

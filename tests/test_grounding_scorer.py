@@ -388,8 +388,10 @@ def test_a_folder_without_dictionary(predict: Run, tmp_path: Path) -> None:
 
 def test_concepts_without_words(predict: Run, tmp_path: Path) -> None:
     """States of the vision tower are not as wide as those of the language model here, and are never words."""
-    KMeans(2).fit(torch.eye(3)).save(tmp_path / "dictionary.safetensors", {})
-    (tmp_path / "concepts.json").write_text('{"words": [[], []], "grounding": {}}')
+    fitted = KMeans(2).fit(torch.eye(3))
+    fitted.save(tmp_path / "dictionary.safetensors", {})
+    concepts = {"words": [[], []], "grounding": {}, "dictionary_hash": fitted.content_hash}
+    (tmp_path / "concepts.json").write_text(json.dumps(concepts))
     scorer = listed("GroundingScorer", dictionary=tmp_path)
     error = predict(tmp_path / "store", *scorer, "--data.limit=3", site=SITE, selector=SELECTOR).error
     assert f"{tmp_path / 'concepts.json'}: no concept has a word that could be scored" in error

@@ -10,6 +10,7 @@ import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -360,6 +361,7 @@ class Prepared:
 
     hash = "0123abc"
     config = None
+    info = SimpleNamespace(splits=None)
 
     def __init__(self, data: Any) -> None:
         self.data = data
@@ -389,7 +391,7 @@ def test_a_data_set_of_the_hub(
     assert data.samples("predict") == expected
     load.assert_called_once_with("somebody/colors", "default", revision="v1")
     assert builder.prepared == (limit is None)
-    assert data.describe("predict")["hash"] == "0123abc"
+    assert data.describe("predict")["fingerprint"] == "0123abc"
 
 
 def test_only_pictures_of_the_data_set_are_fetched(

@@ -253,7 +253,7 @@ def test_one_file(run_import: Run, tiny: Path, tmp_path: Path) -> None:
     assert len(samples) == 12
     assert samples["003.jpg"] == {
         "sample_id": "003.jpg", "variant": "original", "image": "/pictures/coco/003.jpg", "prompt": "",
-        "text": "a dog and 3", "references": [], "answers": [], "label": "",
+        "text": "a dog and 3", "references": [], "answers": [], "label": "", "input": None,
     }  # fmt: skip
     assert store.metadata["variants"] == ["original"]
     assert store.metadata["checkpoints"] == store.metadata["checkpoint_hashes"] == {}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conceptshift.tests.results import measured
 
 Run = Callable[..., Any]
 TRAINED = Path(__file__).parents[1] / "checkpoints" / "shapes-llava"
@@ -53,7 +54,7 @@ def test_what_one_callback_lacks_is_run_again_whatever_their_order(look: Run, tm
     outs = {name: tmp_path / name for name in BOTH}
     assert look((out, name) for name, out in outs.items()).status == 0
     whole = {name: rows_of(out) for name, out in outs.items()}
-    results = {name: (out / RESULTS[name]).read_text() for name, out in outs.items()}
+    results = {name: measured(out / RESULTS[name]) for name, out in outs.items()}
     # A picture is one sample of the scorer, and its objects are several of the meter.
     assert 3 == len(whole[SCORER]) < len(whole[KNOCKOUT])
     # The one that came last needs fewer samples; now, the one that comes first lacks none.
@@ -63,12 +64,12 @@ def test_what_one_callback_lacks_is_run_again_whatever_their_order(look: Run, tm
     assert done.status == 0, done.err
     for name, out in outs.items():
         assert rows_of(out) == whole[name]
-        assert (out / RESULTS[name]).read_text() == results[name]
+        assert measured(out / RESULTS[name]) == results[name]
 
 
 def test_two_callbacks_do_not_share_a_folder(look: Run, tmp_path: Path) -> None:
     error = look((tmp_path / "out", name) for name in BOTH).error
-    assert f"both write to {tmp_path / 'out'}; give each its own `out`" in error
+    assert f"would both write {tmp_path / 'out'}; name them" in error
     for first, second in (BOTH, BOTH[::-1]):
         assert look([(tmp_path / first, first)]).status == 0
         assert "holds another run" in look([(tmp_path / first, second)]).error

@@ -22,6 +22,7 @@ from conceptshift.lightning_modules import VisionLanguageModel
 from conceptshift.lightning_modules.backbone.heat_map import heat_map, visual_states
 from conceptshift.lightning_modules.backbone.patch_grid import PatchGrid
 from conceptshift.metrics import bootstrap, ranking_measures, segmentation
+from conceptshift.tests.results import measured
 from PIL import Image
 from pycocotools import mask as coco_mask
 from sklearn.metrics import average_precision_score, roc_auc_score
@@ -319,13 +320,13 @@ def test_captions_are_compared_with_instances_and_references(score: Run, shapes:
 
 def test_an_interrupted_run_goes_on(score: Run, tmp_path: Path) -> None:
     assert score(tmp_path / "lens").status == 0
-    whole = (tmp_path / "lens" / "lens.json").read_text()
+    whole = measured(tmp_path / "lens" / "lens.json")
     rows = tmp_path / "lens" / "rows-00000.jsonl"
     lines = rows.read_text().splitlines(keepends=True)
     rows.write_text("".join(lines[:5]) + lines[5][:40])
     done = score(tmp_path / "lens")
     assert done.status == 0, done.err
-    assert (tmp_path / "lens" / "lens.json").read_text() == whole
+    assert measured(tmp_path / "lens" / "lens.json") == whole
     assert "holds another run" in score(tmp_path / "lens", "--data.limit=3").error
 
 

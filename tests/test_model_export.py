@@ -55,7 +55,7 @@ def test_an_export_that_fails_leaves_the_earlier_one(fit: Run, tmp_path: Path, m
     assert fit(*LORA, *export(folder)).status == 0
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
 
-    def save_half(self: VisionLanguageModel, folder: Path, state: object) -> None:
+    def save_half(self: VisionLanguageModel, folder: Path, *more: object) -> None:
         (folder / "adapter_config.json").write_text("half")
         raise OSError("disk full")
 

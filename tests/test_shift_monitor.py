@@ -201,7 +201,7 @@ def test_what_tensorboard_shows(fit: Run, shapes: Path, tmp_path: Path) -> None:
     tags = events.Tags()
     for measure in ("magnitude", "consistency", "cosine_shifted", "recovery_shifted"):
         for concept in range(3):
-            tag = f"shift/words/live/{measure}/concept_{concept:02d}"
+            tag = f"shift/words/live/concept_{concept:02d}/{measure}"
             assert [event.step for event in events.Scalars(tag)] == [2, 4], tag
     live = events.Scalars("shift/words/live/magnitude")
     assert live[0].value < live[1].value

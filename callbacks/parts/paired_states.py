@@ -42,7 +42,7 @@ class PairedStates:
             device: Where the pairs shall be.
 
         Raises:
-            ValueError: No sample is common, or the widths differ.
+            ValueError: No sample is common, one was shown or asked otherwise to the other model, or the widths differ.
         """
         single = all(len(set(states.ids)) == len(states.ids) for states in (a, b))
         try:
@@ -52,6 +52,7 @@ class PairedStates:
                 f"{a.store.folder} and {b.store.folder}: no sample is common to both ({len(a.ids)} and {len(b.ids)} "
                 f"states of {a.ids[0]!r} … and {b.ids[0]!r} …); extract both from the same data"
             ) from error
+        _check_inputs(a, b)
         original, destination = a.states[rows_a], b.states[rows_b]
         if original.shape != destination.shape:
             raise ValueError(
@@ -71,3 +72,22 @@ class PairedStates:
 
 def _keys(states: ConceptStates, single: bool) -> list[Hashable]:
     return list(states.ids) if single else list(zip(states.ids, states.positions, strict=True))
+
+
+def _check_inputs(a: ConceptStates, b: ConceptStates) -> None:
+    """Refuse pairs of what is no longer the same sample: another prompt, or another picture under the same name.
+
+    Raises:
+        ValueError: One has; names it, and both prompts.
+    """
+    for sample_id in a.samples.keys() & b.samples.keys():
+        one, other = a.samples[sample_id], b.samples[sample_id]
+        if one["prompt"] != other["prompt"]:
+            odd = f"was asked {one['prompt']!r} and {other['prompt']!r}"
+        elif None not in (one.get("input"), other.get("input")) and one["input"] != other["input"]:
+            odd = f"had another picture ({one['image']} and {other['image']})"
+        else:
+            continue
+        raise ValueError(
+            f"{a.store.folder} and {b.store.folder}: sample {sample_id!r} {odd}; extract both from the same data"
+        )

@@ -128,9 +128,8 @@ def show_point(trainer: L.Trainer, name: str, seen: Mapping[str, Any]) -> None:
     numbers = {f"shift/{name}/{measure}": mean for measure, mean in seen["means"].items()}
     for row in seen["concepts"]:
         of_concept = {measure: row[measure] for measure in seen["means"] if row[measure] is not None}
-        numbers |= {
-            f"shift/{name}/{measure}/concept_{row['concept']:02d}": value for measure, value in of_concept.items()
-        }
+        tag = f"shift/{name}/concept_{row['concept']:02d}"
+        numbers |= {f"{tag}/{measure}": value for measure, value in of_concept.items()}
     log_numbers(trainer, numbers, step)
     writer = tensorboard(trainer)
     if writer is None:

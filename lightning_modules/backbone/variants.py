@@ -111,7 +111,8 @@ class Variants(nn.Module):
 
     def _keep_hash(self) -> None:
         """Find the hash of a model that came from no files while nothing is attached to it."""
-        self.hashes.setdefault("weights_hash", self.weights_hash())
+        if self.model.device.type != "meta":
+            self.hashes.setdefault("weights_hash", self.weights_hash())
 
     def _note_hash(self, path: str, name: str) -> None:
         if (found := destination_hash(path)) is not None:
