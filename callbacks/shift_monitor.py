@@ -171,16 +171,19 @@ class ShiftMonitor(RunWriter):
             **describe_probe(trainer, pl_module, self.data, self.samples, self.site, self.selector),
             "run": self._run,
         }
-        resumed, self._working = trainer.strategy.broadcast(
-            self._choose_place(step) if trainer.is_global_zero else (False, Path())
+        source, self._working = trainer.strategy.broadcast(
+            self._choose_place(step) if trainer.is_global_zero else (None, Path())
         )
-        if resumed:
+        resumed = source is not None
+        if source is not None:
             # Refused on all processes, or the others would wait for this one.
-            if odd := trainer.strategy.broadcast(self._differs(metadata) if trainer.is_global_zero else None):
+            if odd := trainer.strategy.broadcast(_odd(source, metadata) if trainer.is_global_zero else None):
                 raise ValueError(
-                    f"{self.folder}: holds the probes of another run ({odd}), so that they cannot be gone on "
+                    f"{source / 'features'}: holds the probes of another run ({odd}), so that they cannot be gone on "
                     "with; give this one another --out, or start anew without --ckpt_path"
                 )
+            if trainer.is_global_zero and source != self._working:
+                shutil.copytree(source, self._working)
             self._last = trainer.strategy.broadcast(self._take_up(step) if trainer.is_global_zero else 0)
         else:
             self._begin(trainer, pl_module, {**metadata, **made_now()})
@@ -188,21 +191,21 @@ class ShiftMonitor(RunWriter):
             self._measure = self._prepared(resumed)
         self._seconds += time.perf_counter() - self._started
 
-    def _choose_place(self, step: int) -> tuple[bool, Path]:
-        """Whether there are probes of this training to go on with, and where it works."""
+    def _choose_place(self, step: int) -> tuple[Path | None, Path]:
+        """Where probes of this training are to go on with, if they are; and where it works."""
         new = beside(self.out)
+        finished = (self.out / "shift.json").is_file()
         for place in (new, self.out):
             if step > 0 and is_finished(place / "features"):
-                if FeatureStore(place / "features").metadata.get("run", self._run) != self._run:
+                if FeatureStore(place / "features").metadata.get("run") != self._run:
                     continue
-                if place == self.out and (self.out / "shift.json").is_file():
+                if place == self.out and finished:
                     # It has been longer: what was measured stays until there is something in its place.
                     shutil.rmtree(new, ignore_errors=True)
-                    shutil.copytree(self.out, new)
-                    return True, new
-                return True, place
+                    return place, new
+                return place, place
         shutil.rmtree(new, ignore_errors=True)
-        return False, new if (self.out / "shift.json").is_file() else self.out
+        return None, new if finished else self.out
 
     def _begin(self, trainer: L.Trainer, pl_module: FineTuning, metadata: Row) -> None:
         if trainer.global_step > 0 and pl_module.lora is None:
@@ -224,11 +227,6 @@ class ShiftMonitor(RunWriter):
         found = [path for path in (self._working / name for name in _RESULTS) if path.exists()]
         for path in found:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-    def _differs(self, metadata: Row) -> str | None:
-        """The first thing in which the probes that are there are not this run's."""
-        found = FeatureStore(self.folder).metadata
-        return mismatch(found, metadata, [key for key in metadata if key not in _NOT_COMPARED])
 
     def _take_up(self, step: int) -> int:
         """Drop what an interrupted run probed behind the checkpoint that it is resumed from."""
@@ -361,3 +359,9 @@ class ShiftMonitor(RunWriter):
             f"{self.out}: probed the original and {len(names)} steps, in {100 * while_training:.1f} % of the training "
             f"time; with the tests at the end {100 * self._cost():.1f} % of all"
         )
+
+
+def _odd(place: Path, metadata: Row) -> str | None:
+    """The first thing in which the probes at a place are not this run's."""
+    found = FeatureStore(place / "features").metadata
+    return mismatch(found, metadata, [key for key in metadata if key not in _NOT_COMPARED])

@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-_OF_THE_RUN = {"command", "date", "extracted"}
+_OF_THE_RUN = {"provenance", "dictionary_hash", "dictionary_hashes", "command", "date"}
 
 
 def measured(found: Path | Any) -> Any:
-    """A JSON file or value without commands and dates."""
+    """A JSON file or value without what made it, and without hashes of what is only the same to rounding."""
     if isinstance(found, Path):
         return measured(json.loads(found.read_text()))
     if isinstance(found, dict):

@@ -190,7 +190,7 @@ def test_pictures_of_every_kind_are_read(predict: Run, root: Path, tmp_path: Pat
         (["--trainer.callbacks+=FeatureReader"], "FeatureReader"),
         (["--data=CocoDataModule"], "CocoDataModule"),
         (["--config=nowhere.yaml"], "nowhere.yaml"),
-        (["--config=malformed.yaml"], "parsing config"),
+        (["--config=malformed.yaml"], "--config malformed.yaml, line 1: malformed YAML"),
         (["--config=unknown.yaml"], "modle"),
         (["--data.batch_size=0"], "--data.init_args.batch_size must be at least 1, got 0"),
         (["--data.caption_words=fruits"], "no word class 'fruits'"),

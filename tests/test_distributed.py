@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conceptshift.datamodules.stored_features import FeatureStore
+from conceptshift.tests.results import measured
 
 Run = Callable[..., Any]
 DDP = ("--trainer.strategy=ddp", "--trainer.devices=2", "--trainer.accelerator=cpu")
@@ -75,7 +76,7 @@ def test_two_processes_write_the_store_that_one_writes(cli: Run, tiny: Path, sha
             assert done.returncode == 0, done.stderr[-3000:]
         else:
             assert cli(*arguments, "--trainer.accelerator=cpu").status == 0
-        concepts[name] = json.loads((tmp_path / f"{name}-concepts" / "concepts.json").read_text())
+        concepts[name] = measured(tmp_path / f"{name}-concepts" / "concepts.json")
     assert len(list((tmp_path / "two").glob("rank-*"))) == 2, "it ran as one process"
     assert len(list((tmp_path / "one").glob("rank-*"))) == 1
     two, one = FeatureStore(tmp_path / "two"), FeatureStore(tmp_path / "one")
@@ -89,7 +90,7 @@ def test_two_processes_write_the_store_that_one_writes(cli: Run, tiny: Path, sha
     skipped = [json.loads((tmp_path / name / "skipped.json").read_text()) for name in ("two", "one")]
     assert skipped[0] == skipped[1]
     assert [row["sample_id"] for row in skipped[0]] == ["4"]
-    scores = [json.loads((tmp_path / f"{name}-scores.json").read_text()) for name in ("two", "one")]
+    scores = [measured(tmp_path / f"{name}-scores.json") for name in ("two", "one")]
     assert scores[0] == scores[1]
     assert scores[0]["samples"] == 10
     assert list(scores[0]["skipped"]) == ["4"]
@@ -109,7 +110,7 @@ def test_two_processes_score_as_one_does(cli: Run, tiny: Path, shapes: Path, tmp
     assert "MEMBER: 2/2" in done.stderr, "it ran as one process"
     single = cli(*arguments, "--trainer.callbacks.out=one.json", "--trainer.accelerator=cpu")
     assert single.status == 0
-    two, one = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("two", "one"))
+    two, one = (measured(tmp_path / f"{name}.json") for name in ("two", "one"))
     assert one["samples"] == 11
     assert two == one
     losses = [

@@ -19,6 +19,7 @@ from conceptshift.datamodules import StoredFeatures
 from conceptshift.datamodules.stored_features import FeatureStore
 from conceptshift.lightning_modules import VisionLanguageModel
 from conceptshift.lightning_modules.backbone.readout import Readout
+from conceptshift.tests.results import measured
 from safetensors.torch import load_file, save_file
 
 Run = Callable[..., Any]
@@ -92,8 +93,8 @@ def replay(cli: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 
 def same_json(ours: Path, reference: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(ours.read_text())
-    expected = json.loads(reference.read_text())
+    content: dict[str, Any] = measured(ours)
+    expected = measured(reference)
     # Only a running model draws heat-maps.
     for picture in itertools.chain.from_iterable(expected.get("images", [])):
         assert (reference.parent / picture.pop("heat_map")).is_file()

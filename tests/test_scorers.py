@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conceptshift.callbacks import CaptionScorer, VQAScorer
 from conceptshift.callbacks.parts.questions import check_questions
 from conceptshift.datamodules.sample import Sample
 from conceptshift.lightning_modules import FineTuning
@@ -23,8 +22,10 @@ from conceptshift.metrics import (
     vqa_accuracy,
     vqa_measures,
 )
+from conceptshift.tests.results import measured
 
 Run = Callable[..., Any]
+_ANNOTATIONS = "v2_mscoco_train2014_annotations.json"
 DATA = {"CaptionScorer": "CaptionDataModule", "VQAScorer": "VQADataModule"}
 
 
@@ -42,10 +43,9 @@ def read(path: str) -> dict[str, Any]:
 def score(validate: Run) -> Callable[..., dict[str, Any]]:
     """Validate with a scorer and read what it wrote; `error=True` gives the one error line instead."""
 
-    def run(name: str, out: str = "scores.json", limit: int = 12, tokens: int = 5, **options: object) -> dict[str, Any]:
+    def run(name: str, out: str = "scores.json", *more: str, limit: int = 12, **options: object) -> dict[str, Any]:
         split = ["--data.val_split=train"] if name == "CaptionScorer" else []
-        arguments = [*scorer(name, out, **options), *split, f"--data.limit={limit}", f"--model.max_new_tokens={tokens}"]
-        done = validate(*arguments, data=DATA[name])
+        done = validate(*scorer(name, out, **options), *split, f"--data.limit={limit}", *more, data=DATA[name])
         assert done.status == 0, done.err
         return read(out)
 
@@ -85,9 +85,15 @@ def test_answers_have_intervals_and_values(score: Run) -> None:
     assert counts == sorted(counts, reverse=True)
 
 
-def test_change_of_captions_is_paired_over_the_samples_of_both(score: Run) -> None:
-    before = score("CaptionScorer", "before.json", limit=9, tokens=3)
-    after = score("CaptionScorer", "after.json", limit=12, tokens=5, baseline="before.json")
+@pytest.fixture
+def adapted(make_adapter: Run, tiny: Path, tmp_path: Path) -> str:
+    """The flag of a destination that says something else."""
+    return f"--model.adapter={make_adapter(tiny, tmp_path / 'adapter', 1.0)}"
+
+
+def test_change_of_captions_is_paired_over_the_samples_of_both(score: Run, adapted: str) -> None:
+    before = score("CaptionScorer", "before.json", limit=9)
+    after = score("CaptionScorer", "after.json", adapted, limit=12, baseline="before.json")
     changes = after["changes"]
     both = before["predictions"].keys() & after["predictions"].keys()
     assert changes["samples"] == len(both) == 9
@@ -98,14 +104,14 @@ def test_change_of_captions_is_paired_over_the_samples_of_both(score: Run) -> No
         change, interval = difference(ours[name], theirs[name])
         assert changes["scores"][name]["difference"] == pytest.approx(change), name
         assert changes["scores"][name]["interval"] == pytest.approx(list(interval)), name
-    assert changes["scores"]["length"]["difference"] > 0
+    assert changes["scores"]["length"]["difference"] != 0
     assert changes["changed"] == sum(was[i] != now[i] for i in both) / 9 > 0
     assert changes["baseline"] == "before.json"
 
 
-def test_change_of_answers(score: Run) -> None:
-    before = score("VQAScorer", "before.json", limit=20, tokens=1)
-    after = score("VQAScorer", "after.json", limit=20, tokens=4, baseline="before.json")
+def test_change_of_answers(score: Run, adapted: str) -> None:
+    before = score("VQAScorer", "before.json", limit=20)
+    after = score("VQAScorer", "after.json", adapted, limit=20, baseline="before.json")
     was, now = (
         Counter(normalize_answer(text) for text in texts(content, "prediction").values()) for content in (before, after)
     )
@@ -123,7 +129,7 @@ def test_nothing_has_changed_from_a_baseline_that_is_the_same(score: Run, name: 
     before = score(name, "before.json")
     after = score(name, "after.json", baseline="before.json")
     changes = after.pop("changes")
-    assert after == before
+    assert measured(after) == measured(before)
     assert changes["changed"] == 0
     assert set(changes["scores"]) == set(before["scores"])
     assert all(change == {"difference": 0, "interval": [0, 0]} for change in changes["scores"].values())
@@ -149,9 +155,11 @@ def test_a_baseline_that_cannot_serve_is_told_before_the_run(validate: Run, tmp_
     (tmp_path / "answers.json").write_text('{"scorer": "VQAScorer", "predictions": {}}')
     message = "answers.json was written by VQAScorer; give a file of CaptionScorer"
     assert message in error(baseline="answers.json")
-    for out in (None, "same.json"):
-        with pytest.raises(ValueError, match="set `out` too, to another file"):
-            CaptionScorer(out, baseline="same.json")
+    assert "set `out` too, to another file" in error(baseline="scores.json")
+    alone = ("--trainer.callbacks+=CaptionScorer", "--trainer.callbacks.baseline=same.json")
+    assert "set `out` too, to another file" in validate(*alone).error
+    (tmp_path / "old.json").write_text('{"scorer": "CaptionScorer", "predictions": {}}')
+    assert "old.json does not tell what made it" in error(baseline="old.json")
 
 
 def test_a_baseline_on_other_data(validate: Run, score: Run) -> None:
@@ -169,7 +177,7 @@ def test_a_baseline_on_other_data(validate: Run, score: Run) -> None:
 
 
 def test_types_of_answers_are_those_of_the_training_answers(score: Run, shapes: Path) -> None:
-    path = shapes / "v2_mscoco_train2014_annotations.json"
+    path = shapes / _ANNOTATIONS
     content = score("VQAScorer", limit=20, training_annotations=path)
     votes: dict[str, Counter[str]] = {}
     for row in json.loads(path.read_text())["annotations"]:
@@ -185,7 +193,7 @@ def test_types_of_answers_are_those_of_the_training_answers(score: Run, shapes: 
 
 
 @pytest.mark.usefixtures("no_model")
-def test_odd_training_annotations_are_told_before_the_run(validate: Run, tmp_path: Path) -> None:
+def test_odd_training_annotations_are_told_before_the_run(validate: Run, shapes: Path, tmp_path: Path) -> None:
     path = tmp_path / "odd.json"
 
     def error() -> str:
@@ -198,8 +206,8 @@ def test_odd_training_annotations_are_told_before_the_run(validate: Run, tmp_pat
     for rows in ([{"answers": [{"answer": "yes"}]}], [], [{"answers": [{"answer": "a"}], "answer_type": "x"}], ["yes"]):
         path.write_text(json.dumps({"annotations": rows}))
         assert f"{path} holds no VQAv2 annotations" in error()
-    with pytest.raises(ValueError, match="set `out` too"):
-        VQAScorer(training_annotations=str(path))
+    alone = ("--trainer.callbacks+=VQAScorer", f"--trainer.callbacks.training_annotations={shapes / _ANNOTATIONS}")
+    assert "VQAScorer.training_annotations: set `out` too" in validate(*alone, data="VQADataModule").error
 
 
 @pytest.mark.usefixtures("no_model")
@@ -230,7 +238,7 @@ def test_predict_scores_as_validate_does(cli: Run, score: Run, tiny: Path, shape
     expected = score(name, "validate.json")
     logger = ("--trainer.logger=CSVLogger", "--trainer.logger.save_dir=logs", "--trainer.logger.name=run")
     found = score_predict(cli, tiny, shapes, *scorer(name, "predict.json"), *logger, data=DATA[name])
-    assert found == expected
+    assert measured(found) == measured(expected)
     logged = next(Path("logs").rglob("metrics.csv")).read_text().splitlines()
     tag, measure = ("vqa", "overall") if name == "VQAScorer" else ("caption", "CIDEr")
     values = dict(zip(logged[0].split(","), logged[1].split(","), strict=True))
@@ -255,7 +263,7 @@ def test_predict_scores_the_variant_that_is_wanted(
     content = score_predict(cli, tiny, shapes, f"--model.destination={adapter}", *second)
     assert content["changes"]["changed"] > 0
     both = score_predict(cli, tiny, shapes, f"--model.destination={adapter}", *first, *second)
-    assert both == content
+    assert measured(both) == measured(content)
     assert texts(read("original.json")) != texts(content)
 
 

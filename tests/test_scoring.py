@@ -14,6 +14,7 @@ from conceptshift.concepts import SteeringVectors
 from conceptshift.datamodules import VQADataModule
 from conceptshift.lightning_modules import FineTuning, VisionLanguageModel
 from conceptshift.metrics import caption_scores, vqa_accuracy
+from conceptshift.tests.results import measured
 
 Run = Callable[..., Any]
 VQA = ("--trainer.callbacks+=VQAScorer", "--trainer.callbacks.out=scores.json")
@@ -21,7 +22,7 @@ CAPTIONS = ("--trainer.callbacks+=CaptionScorer", "--trainer.callbacks.out=score
 
 
 def scores() -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(Path("scores.json").read_text())
+    content: dict[str, Any] = measured(Path("scores.json"))
     return content
 
 

@@ -14,6 +14,7 @@ from conceptshift.concepts import KMeans
 from conceptshift.datamodules import CaptionDataModule
 from conceptshift.datamodules.stored_features import FeatureStore
 from conceptshift.lightning_modules import FineTuning, VisionLanguageModel
+from conceptshift.tests.results import measured
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
@@ -54,6 +55,7 @@ NO_CHECKPOINT = "--trainer.enable_checkpointing=false"
 
 def assert_close(ours: Any, reference: Any, path: str = "") -> None:
     """Equal, and numbers to rounding. Of two samples in one concept, which is nearer to the middle is rounding too."""
+    ours, reference = measured(ours), measured(reference)
     if isinstance(ours, dict):
         assert ours.keys() == reference.keys(), path
         for key in ours:
@@ -147,9 +149,10 @@ def test_an_interrupted_run_gives_the_same_trajectory(
     out = tmp_path / "interrupted"
     assert fit(*common, *monitor(out, shapes), *checkpoints("other"), steps=6).status == 0
     # What lies behind the checkpoint, steps 4 and 6, is measured again.
-    (resume,) = (tmp_path / "checkpoints").glob("*step=3.ckpt")
+    (resume,) = (tmp_path / "other").glob("*step=3.ckpt")
     done = fit(*common, *monitor(out, shapes), f"--ckpt_path={resume}", steps=6)
     assert done.status == 0, done.err
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
     assert FeatureStore(out / "features").metadata["variants"] == [
         "original", "step-000002", "step-000004", "step-000006",
     ]  # fmt: skip
@@ -168,26 +171,31 @@ def test_probes_of_another_run_are_not_gone_on_with(fit: Run, shapes: Path, tmp_
     assert fit(*LORA, *monitor(out, shapes), *saved, steps=2).status == 0
     before = read(out / "features" / "metadata.json")
     for changed, key in (
-        (monitor(out, shapes, samples=9), "samples"),
+        (monitor(out, shapes, samples=9), "data.hash"),
         ([option.replace(SELECTOR, "answer") for option in monitor(out, shapes)], "selectors"),
     ):
         error = fit(*LORA, *changed, f"--ckpt_path={checkpoint}", NO_CHECKPOINT, steps=4).error
-        assert f"holds the probes of another run ({key} differs)" in error
-        assert "give ShiftMonitor another `out`, or start anew without --ckpt_path" in error
+        assert f"{out / 'features'}: holds the probes of another run (`{key}` was " in error
+        assert "give this one another --out, or start anew without --ckpt_path" in error
+        assert not out.with_name(".out.new").exists()
     assert read(out / "features" / "metadata.json") == before
     assert (out / "shift.json").exists()
 
 
-def test_results_never_stand_beside_states_of_another_run(fit: Run, shapes: Path, tmp_path: Path) -> None:
+def test_a_run_that_fails_leaves_what_an_earlier_one_measured(fit: Run, shapes: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert fit(*LORA, *monitor(out, shapes, every=1), NO_CHECKPOINT, steps=2).status == 0
     names = ("shift.json", "shift.safetensors", "trajectory.json", "figures", "destination/dictionary.safetensors")
     results = [out / name for name in names]
     assert all(path.exists() for path in results)
+    before = {path: path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
     unknown = [option.replace(SELECTOR, "token_of_interest:unicorn") for option in monitor(out, shapes)]
-    with pytest.warns(UserWarning, match="the results of an earlier run are removed"):
-        assert "matched none" in fit(*LORA, *unknown, NO_CHECKPOINT).error
-    assert not any(path.exists() for path in results)
+    assert "matched none" in fit(*LORA, *unknown, NO_CHECKPOINT).error
+    assert {path: path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()} == before
+    # One that ends takes its place, whole.
+    assert fit(*LORA, *monitor(out, shapes, every=1), NO_CHECKPOINT, steps=3).status == 0
+    assert len(read(out / "trajectory.json")["points"]) == 3
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
 def test_what_tensorboard_shows(fit: Run, shapes: Path, tmp_path: Path) -> None:
