@@ -83,7 +83,7 @@ def test_artifacts_load(folder: Path) -> None:
     dictionary = load_dictionary(folder / "concepts/original-kmeans/dictionary.safetensors")
     shift, metadata = load_shift(folder / "shift/kmeans/shift.safetensors")
     assert shift.vectors.shape == dictionary.dictionary.shape
-    vectors = load_steering_vectors(folder / "answer_vectors/yes-no.safetensors").vectors
+    vectors = load_steering_vectors(folder / "answer_vectors/vectors/yes-no.safetensors").vectors
     assert {vector.shape for vector in vectors.values()} == {dictionary.dictionary.shape[1:]}
     assert list(vectors) == [f"lm.block.{block}" for block in range(6)]
     assert metadata["site"] in vectors
@@ -116,17 +116,17 @@ def test_objects_are_in_their_visual_tokens(folder: Path, results: dict[str, Any
 
 
 def test_tensorboard_shows_losses_scores_concepts_and_their_shift(folder: Path) -> None:
-    training = EventAccumulator(str(folder / "finetune/logs"))
+    training = EventAccumulator(str(folder / "logs/version_0"))
     training.Reload()
     assert {"loss/train", "loss/val", "caption/CIDEr"} <= set(training.Tags()["scalars"])
-    shift = EventAccumulator(str(folder / "logs"))
+    shift = EventAccumulator(str(folder / "logs/version_1"))
     shift.Reload()
     assert {"concepts/original-kmeans", "shift/kmeans/words"} <= set(shift.Tags()["images"])
     assert "shift/kmeans/concept_00/magnitude" in shift.Tags()["scalars"]
 
 
 def test_concepts_were_watched_while_the_model_trained(folder: Path) -> None:
-    training = EventAccumulator(str(folder / "finetune/logs"))
+    training = EventAccumulator(str(folder / "logs/version_0"))
     training.Reload()
     seen = training.Scalars("shift/circle/live/magnitude")
     assert [event.step for event in seen] == [30, 60, 90, 120]

@@ -112,13 +112,13 @@ def test_replay_makes_what_the_run_with_the_model_made(replay: Run, extracted: P
         assert sum(map(len, summary["words"])) > 5
         dictionaries = [load_dictionary(folder / name / "dictionary.safetensors") for folder in (tmp_path, live)]
         assert torch.equal(dictionaries[0].dictionary, dictionaries[1].dictionary)
-        assert dictionaries[0].metadata == dictionaries[1].metadata
+        assert measured(dictionaries[0].metadata) == measured(dictionaries[1].metadata)
     shift = same_json(tmp_path / "shift" / "shift.json", live / "shift" / "shift.json")
     assert shift["means"]["magnitude"] > 0
     vectors = [load_shift(folder / "shift" / "shift.safetensors")[0].vectors for folder in (tmp_path, live)]
     torch.testing.assert_close(vectors[0], vectors[1], rtol=0, atol=0, equal_nan=True)
     steering = [load_steering_vectors(folder / "vector.safetensors") for folder in (tmp_path, live)]
-    assert steering[0].metadata == steering[1].metadata
+    assert measured(steering[0].metadata) == measured(steering[1].metadata)
     torch.testing.assert_close(steering[0].vectors, steering[1].vectors, rtol=0, atol=0)
 
 

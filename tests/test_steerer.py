@@ -14,6 +14,7 @@ from conceptshift.concepts import KMeans, SteeringVectors, load_dictionary, load
 from conceptshift.datamodules.stored_features import FeatureStore
 from conceptshift.lightning_modules import SteeringStep, VisionLanguageModel
 from conceptshift.lightning_modules.backbone import Steering
+from conceptshift.lightning_modules.backbone.identity import model_destination_hash, model_hashes
 from torch import Tensor
 
 Run = Callable[..., Any]
@@ -172,19 +173,27 @@ def test_the_order_of_two_steerers_is_unknown(validate: Run, file: str) -> None:
         Steerer([])
 
 
-def test_vectors_of_other_weights_are_told(validate: Run, tmp_path: Path, direction: Tensor, tiny: Path) -> None:
-    """Once; it may be meant. Those of this model are not."""
+def test_vectors_of_another_model_are_refused(
+    validate: Run, tmp_path: Path, direction: Tensor, tiny: Path, make_model: Callable[..., Path]
+) -> None:
+    """Those of a pair steer both of its models; those that say nothing of a model pass."""
     own = VisionLanguageModel.load(str(tiny)).weights_hash()
-    for name, weights in (("ours", own), ("theirs", "else")):
-        metadata = {"target": {"store": {"weights_hash": weights, "model_id": "another-model"}}}
-        SteeringVectors({"lm.block.0": direction}, {}, metadata).save(tmp_path / f"{name}.safetensors")
-    told = "theirs.safetensors: made from the states of another-model, whose weights are not those of"
-    steps = [{"file": str(tmp_path / f"{name}.safetensors")} for name in ("ours", "theirs")]
-    with pytest.warns(UserWarning, match="theirs") as warned:
-        validate(*steerer(*steps), "--data.limit=2")
-    messages = [str(one.message) for one in warned if "made from the states of" in str(one.message)]
-    assert len(messages) == 1
-    assert told in messages[0]
+    whole = model_destination_hash(model_hashes(str(tiny), None))
+    for name, store in (
+        ("ours", {"weights_hash": own}),
+        ("of a pair", {"weights_hash": "else", "checkpoint_hashes": {"destination": whole}}),
+        ("unknown", {}),
+        ("theirs", {"weights_hash": "else", "model_id": "another-model"}),
+    ):
+        file = tmp_path / f"{name}.safetensors"
+        SteeringVectors({"lm.block.0": direction}, {}, {"target": {"store": store}}).save(file)
+        done = validate(*steerer({"file": str(file)}), "--data.limit=2")
+        if name != "theirs":
+            assert done.status == 0, done.err
+            continue
+        assert (
+            f"{file}: made from the states of another-model (weights else), not of {tiny} (weights {own})" in done.error
+        )
 
 
 def test_a_strength_that_no_state_survives_is_refused(validate: Run, file: str) -> None:

@@ -21,6 +21,7 @@ from conceptshift.datamodules.images import read_image
 from conceptshift.lightning_modules import SteeringStep, SteeringSweep, VisionLanguageModel
 from conceptshift.lightning_modules.backbone import Steering
 from conceptshift.lightning_modules.backbone.generation import Prefilled
+from conceptshift.tests.results import measured
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
 from torch import Tensor
@@ -90,7 +91,7 @@ def sweep(cli: Run, tiny: Path, shapes: Path, tmp_path: Path) -> Run:
 
 
 def result(target: str = "no", out: str = "swept") -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((Path(out) / target / "sweep.json").read_text())
+    content: dict[str, Any] = measured(Path(out) / target / "sweep.json")
     return content
 
 
@@ -278,9 +279,9 @@ def stop_before(monkeypatch: pytest.MonkeyPatch, batch: int | None) -> list[list
     return seen
 
 
-def files(out: str) -> dict[str, bytes]:
+def files(out: str) -> dict[str, Any]:
     return {
-        path.relative_to(out).as_posix(): path.read_bytes()
+        path.relative_to(out).as_posix(): measured(path) if path.suffix == ".json" else path.read_bytes()
         for path in Path(out).rglob("*")
         if path.name in ("sweep.json", "samples.parquet")
     }
@@ -343,10 +344,10 @@ def test_another_run_is_refused(sweep: Run, tmp_path: Path, make_adapter: Callab
         assert "swept: holds another run (" in error
         assert f"`{key}" in error
     dictionary.with_concepts(-dictionary.dictionary).save(tmp_path / "dictionary.safetensors", {"site": "lm.block.1"})
-    assert "differ in `vectors." in sweep(**base).error
+    assert "holds another run (`vectors." in sweep(**base).error
     dictionary.save(tmp_path / "dictionary.safetensors", {"site": "lm.block.1"})
     make_adapter(tiny, adapter, 0.2)
-    assert "differ in `adapter_hash`" in sweep(**base).error
+    assert "holds another run (`adapter_hash` was " in sweep(**base).error
     assert files("swept") == before
     assert sweep("--trainer.callbacks.overwrite=true", **base).status == 0
     assert files("swept") != before
@@ -359,7 +360,7 @@ def test_other_weights_in_the_same_folder_are_refused(sweep: Run, make_model: Ca
     with torch.no_grad():
         other.unembed.weight[:, :10] += 1
     other.save(model)
-    assert "differ in `weights_hash`" in sweep(model=model, data_limit=2).error
+    assert "holds another run (`weights_hash` was " in sweep(model=model, data_limit=2).error
 
 
 def test_what_fails_at_start_leaves_the_old_sweep(sweep: Run) -> None:
@@ -412,7 +413,7 @@ def test_two_processes_and_a_finished_sweep(sweep: Run, tiny: Path, shapes: Path
     assert texts_of("yes") == texts_of("no")
     done = conceptshift(tmp_path, *command(tiny, shapes, **changes, alphas=[2.0]), *DDP)
     assert done.returncode != 0
-    assert "swept: holds another run (they differ in `runs`)" in done.stderr
+    assert "swept: holds another run (`runs` was " in done.stderr
 
 
 # --- what is refused ----------------------------------------------------------------------------------------

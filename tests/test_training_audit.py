@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 from collections.abc import Callable
@@ -200,7 +201,7 @@ def test_a_parameter_that_another_process_uses_is_used(monkeypatch: pytest.Monke
     module = FineTuning(str(tiny), parts=["projector"])
     module.configure_model()
     names = [name for name, value in module.backbone.model.named_parameters() if value.requires_grad]
-    trainer: Any = SimpleNamespace(strategy=None, is_global_zero=False)
+    trainer: Any = SimpleNamespace(strategy=None, is_global_zero=False, default_root_dir=os.getcwd())
     linear = names[2].split(".")[2]
     for missing_there, message in ((names[2:], f"1 of 4 .* no gradient: those of .*{linear};"), ([], None)):
         callback = TrainingAudit()
@@ -232,7 +233,10 @@ def test_patterns_name_the_outermost_modules_of_which_nothing_is_used() -> None:
 def test_sharded_parameters_are_not_judged(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     module = FineTuning(str(tiny))
     module.configure_model()
-    callback, trainer = TrainingAudit(), SimpleNamespace(strategy=FSDPStrategy(), is_global_zero=True)
+    callback, trainer = (
+        TrainingAudit(),
+        SimpleNamespace(strategy=FSDPStrategy(), is_global_zero=True, default_root_dir=os.getcwd()),
+    )
     with pytest.warns(UserWarning, match="FSDPStrategy shards parameters") as caught:
         callback.on_fit_start(trainer, module)  # type: ignore[arg-type]
     callback.on_after_backward(trainer, module)  # type: ignore[arg-type]
