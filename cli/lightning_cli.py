@@ -14,24 +14,18 @@ import yaml
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
 # Importing the rooms makes their classes known by their short names.
 from .. import callbacks, datamodules, lightning_modules  # noqa: F401
+from ..callbacks.parts.run_description import left_out
 from ..callbacks.parts.run_writer import RunWriter, run_folder, trial_place
 from ..records.files import write_whole
 from ..records.paths import check_writable, user_path
 from .config_files import as_argument, merge_configs
 from .preflight import preflight
 from .run_loggers import LOGS, hyper_parameters, log_hyper_parameters, logger_folder, without_folder
-
-# What of the Trainer's leaves a part of a run out, and its value where it does not.
-_LIMITS = {
-    "fit": (("limit_train_batches", 1.0), ("overfit_batches", 0.0)),
-    "validate": (("limit_val_batches", 1.0),),
-    "test": (("limit_test_batches", 1.0),),
-    "predict": (("limit_predict_batches", 1.0),),
-}
 
 _SWEEP = """conceptshift sweep: steer a model in many ways over the same samples, and score each against the others.
 
@@ -124,14 +118,10 @@ def _folder_of_run(given: str | None, trainer: dict[str, Any], subcommand: str) 
     if given is None and root is None:
         return None
     out = user_path(given or str(root))
-    left_out = {
-        name: value
-        for name, whole in (("fast_dev_run", False), *_LIMITS.get(subcommand, ()))
-        if (value := trainer.get(name)) not in (None, whole, False)
-    }
-    if left_out and (trainer.get("fast_dev_run") or (out.is_dir() and any(out.iterdir()))):
+    less = left_out(trainer, TrainerFn(subcommand))
+    if less and ("fast_dev_run" in less or (out.is_dir() and any(out.iterdir()))):
         out = trial_place(out)
-        told = ", ".join(f"--trainer.{name} {value}" for name, value in left_out.items())
+        told = ", ".join(f"--trainer.{name} {value}" for name, value in less.items())
         rank_zero_warn(f"--out: {told} leaves something out of the run, so that it writes to {out} instead")
     check_writable(out, "--out")
     return out

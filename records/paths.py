@@ -23,25 +23,25 @@ def user_flag(given: str) -> str:
     return f"{name}={user_name(value)}" if equals and name.startswith("--") else given
 
 
-def check_writable(path: Path, option: str) -> None:
+def check_writable(path: Path, option: str, folder: bool = True) -> None:
     """Make sure, before a run begins, that a file or folder can be written at its end; nothing is left behind.
 
     Args:
         path: Where something will be written; it need not be there, nor the folders that lead to it.
         option: What named it, for the message.
+        folder: Whether it is a folder, and not a file.
 
     Raises:
         ValueError: It cannot be written.
     """
-    there = path
+    there = path if folder else path.parent
     while not (there.exists() or there.is_symlink()) and there != there.parent:
         there = there.parent
-    folder = there if there.is_dir() or there != path else there.parent
     try:
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=there):
             return
     except OSError as error:
-        where = "" if folder == path else f"{folder}: "
+        where = "" if there == path else f"{there}: "
         raise ValueError(
             f"{option}: {path} cannot be written ({where}{error.strerror}); choose another folder"
         ) from error

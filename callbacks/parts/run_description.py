@@ -110,11 +110,26 @@ def stage_of(trainer: L.Trainer) -> str:
 
 def limits(trainer: L.Trainer) -> dict[str, int | float]:
     """The Trainer's options that leave something of the run out, and what they were set to."""
+    return left_out(vars(trainer), _function(trainer))
+
+
+def left_out(options: Mapping[str, Any], function: TrainerFn) -> dict[str, int | float]:
+    """Those of the Trainer's options that leave something of a run out.
+
+    Args:
+        options: Name → value.
+        function: What the Trainer does.
+    """
     # It sets the others too.
-    names = ("fast_dev_run",) if getattr(trainer, "fast_dev_run", False) else _STAGES[_function(trainer)][1]
-    found = {name: getattr(trainer, name) for name in names}
-    whole = {"overfit_batches": 0.0}
-    return {name: value for name, value in found.items() if value not in (None, whole.get(name, 1.0))}
+    names = ("fast_dev_run",) if options.get("fast_dev_run") else _STAGES[function][1]
+    # 1 is one batch, 1.0 is all of them.
+    return {
+        name: value
+        for name in names
+        if (value := options.get(name)) is not None
+        and not (name == "overfit_batches" and value == 0)
+        and not (isinstance(value, float) and value == 1.0 and name != "overfit_batches")
+    }
 
 
 def provenance(trainer: L.Trainer, module: BackboneModule, stage: str | None = None) -> Provenance:
