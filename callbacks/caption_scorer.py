@@ -63,5 +63,5 @@ class CaptionScorer(Scorer):
         return {name: measure for name, measure in measures.items() if not name.startswith("BLEU")}
 
     def summary(self, rows: Rows) -> dict[str, Any]:
-        """Which tokenizer was used."""
-        return {"tokenizer": self.tokenizer}
+        """Which tokenizer was used, and which words were looked for."""
+        return {"tokenizer": self.tokenizer, "words": sorted(self.words)}

@@ -129,6 +129,7 @@ class DictionaryFitter(RunWriter):
             "selector": self.selector,
             "held_out": self.held_out,
             "grounding": asdict(self.grounding),
+            "grounding_hashes": self.grounding.hashes(),
             **summarise(self.dictionary, fitted, V, words, self.grounding.images),
             **more,
             "dictionary_hash": self.dictionary.content_hash,

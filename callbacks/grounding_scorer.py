@@ -16,6 +16,7 @@ from ..concepts import ConceptDictionary, Simple
 from ..datamodules.images import read_image
 from ..datamodules.stored_features import FeatureStore, Row
 from ..lightning_modules import BackboneModule
+from ..lightning_modules.backbone.identity import model_hashes
 from ..metrics import BertScorer, ClipEncoder, GroundedConcepts, compare, concept_overlap, published_scores
 from ..metrics.concept_scores import CAPTIONS, Columns, score_columns
 from ..records.files import write_json
@@ -119,6 +120,11 @@ class GroundingScorer(Callback):
             "features": str(store.folder),
             "clip_model": self.clip_model,
             "bert_model": self.bert_model,
+            "encoder_hashes": {
+                name: model_hashes(name, None).get("weights_hash")
+                for name in (self.clip_model, self.bert_model)
+                if name is not None
+            },
             "seed": self.seed,
             "dictionary_hash": source.dictionary.content_hash,
             KEY: provenance_of(store.metadata, seed=self.seed),

@@ -24,7 +24,7 @@ from .parts.journal import Journal
 from .parts.numbers import log_numbers
 from .parts.processes import gather
 from .parts.questions import check_questions
-from .parts.run_description import covered, describe_sweep
+from .parts.run_description import covered, describe
 from .parts.run_writer import RunWriter
 from .parts.steering_checks import check_weights, try_on_longest_prompt
 from .parts.sweep_figures import show_sweep, sweep_numbers
@@ -115,7 +115,7 @@ class SweepScorer(RunWriter):
                 raise ValueError(f"target {target.name!r}: the sweep has no vector {unknown[0]!r}, only {known}")
         done: set[str] = set()
         if trainer.is_global_zero:
-            description = describe_sweep(trainer, pl_module)
+            description = describe(trainer, pl_module)
             done = self.journal.resume(description, {sample.sample_id for sample in samples}, trainer.world_size)
         pl_module.is_kept = True
         data.exclude_ids = frozenset(trainer.strategy.broadcast(done))
@@ -126,7 +126,7 @@ class SweepScorer(RunWriter):
         steered = [steering for run, steering in pl_module.steerings.items() if steering and run.kind == "steered"]
         check_weights(pl_module.files.values(), pl_module.backbone)
         try_on_longest_prompt(trainer, pl_module, [[steering] for steering in steered])
-        if trainer.is_global_zero and self.journal.begin({**describe_sweep(trainer, pl_module), **made_now()}):
+        if trainer.is_global_zero and self.journal.begin({**describe(trainer, pl_module), **made_now()}):
             for path in self.out.glob("*/sweep.json"):
                 path.unlink()
         trainer.strategy.barrier()

@@ -116,6 +116,9 @@ def _told(key: str, before: Any, now: Any) -> str:
     if isinstance(before, dict) and isinstance(now, dict):
         inner = next(name for name in sorted({*before, *now}) if before.get(name) != now.get(name))
         return _told(f"{key}.{inner}", before.get(inner), now.get(inner))
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        place = next(place for place, pair in enumerate(zip(before, now, strict=True)) if pair[0] != pair[1])
+        return _told(f"{key}.{place}", before[place], now[place])
     return f"`{key}` was {_short(before)}, and is {_short(now)}"
 
 

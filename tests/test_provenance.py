@@ -48,6 +48,9 @@ def test_what_counts_is_told_with_both_values(changed: dict[str, object], told: 
 def test_what_is_not_known_yet_and_what_is_not_asked_do_not_count() -> None:
     assert mismatch(MADE, {"max_new_tokens": 5}) is None
     assert mismatch(MADE, {**MADE, "max_new_tokens": 6}, ["weights_hash"]) is None
+    steps = [{"alpha": 1, "hash": "a"}, {"alpha": 1, "hash": "b"}]
+    other = [steps[0], {"alpha": 1, "hash": "c"}]
+    assert mismatch({"steering": steps}, {"steering": other}) == "`steering.1.hash` was 'b', and is 'c'"
     long = mismatch({"runs": list(range(500))}, {"runs": []})
     assert long is not None
     assert len(long) < 150

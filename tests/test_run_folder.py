@@ -312,7 +312,9 @@ def test_every_number_goes_to_any_logger(shifted: Run, tmp_path: Path, monkeypat
         tag = f"shift/words/{measure}"
         assert float(logged[tag]) == pytest.approx(means[measure])
         assert float(trainer.callback_metrics[tag]) == pytest.approx(means[measure])
-    assert [name for name in logged if name.startswith("shift/words/concept_0") and name.endswith("/magnitude")], sorted(logged)
+    assert [name for name in logged if name.startswith("shift/words/concept_0") and name.endswith("/magnitude")], (
+        sorted(logged)
+    )
     assert "concepts/original/explained_variance" in logged
     # A name is a number or leads to others: some loggers make files and folders of them.
     assert not [name for name in logged if any(other.startswith(f"{name}/") for other in logged)]

@@ -413,7 +413,7 @@ def test_two_processes_and_a_finished_sweep(sweep: Run, tiny: Path, shapes: Path
     assert texts_of("yes") == texts_of("no")
     done = conceptshift(tmp_path, *command(tiny, shapes, **changes, alphas=[2.0]), *DDP)
     assert done.returncode != 0
-    assert "swept: holds another run (`runs` was " in done.stderr
+    assert "swept: holds another run (`runs." in done.stderr
 
 
 # --- what is refused ----------------------------------------------------------------------------------------

@@ -41,14 +41,19 @@ class WrittenDictionary:
         """Read it.
 
         Raises:
-            ValueError: The folder holds no dictionary, or its concepts have no words.
+            ValueError: The folder holds no dictionary, its concepts have no words, or words are now found elsewhere.
         """
         dictionary = load_dictionary(folder / "dictionary.safetensors")
         path = folder / "concepts.json"
         content = read_concepts(path, dictionary)
         if not any(content["words"]):
             raise ValueError(f"{path}: no concept has a word that could be scored; choose a later site of the model")
-        return cls(folder, dictionary, content["words"], GroundingOptions(**content["grounding"]))
+        grounding = GroundingOptions(**content["grounding"])
+        # Its baselines get their words from the same lists.
+        lists = [{"grounding_hashes": hashes} for hashes in (content.get("grounding_hashes", {}), grounding.hashes())]
+        if odd := mismatch(*lists):
+            raise ValueError(f"{path}: a list of words has changed since ({odd}); fit the dictionary again")
+        return cls(folder, dictionary, content["words"], grounding)
 
     @property
     def metadata(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...concepts import ground_images, ground_words
 from ...lightning_modules.backbone.readout import Readout
+from ...records.hashes import file_hash
 from ...records.paths import user_path
 
 
@@ -45,6 +46,11 @@ class GroundingOptions:
                 raise ValueError(f"grounding.{name} must be at least 1, got {getattr(self, name)}")
         _read_words(self.lexicon, "lexicon")
         _read_words(self.stop_words, "stop_words")
+
+    def hashes(self) -> dict[str, str]:
+        """What the word lists hold that are given: option → hash of the file."""
+        given = {"lexicon": self.lexicon, "stop_words": self.stop_words}
+        return {name: file_hash(user_path(path)) for name, path in given.items() if path is not None}
 
 
 def _read_words(path: str | None, name: str) -> frozenset[str] | None:

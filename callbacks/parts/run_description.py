@@ -12,7 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from ...datamodules.base import PictureDataModule
 from ...datamodules.stored_features import Row
-from ...lightning_modules import FeatureExtraction, Inspection, SteeringStep, SteeringSweep
+from ...lightning_modules import FeatureExtraction, Inspection, SteeringStep
 from ...lightning_modules.backbone.destinations import ORIGINAL
 from ...lightning_modules.base import BackboneModule
 from ...records.provenance import Provenance, coverage, made_now, versions
@@ -39,11 +39,6 @@ def describe_run(trainer: L.Trainer, module: FeatureExtraction) -> Row:
         "answers": module.answers,
         "steering": [step.describe() for step in _steps(trainer)],
     }
-
-
-def describe_sweep(trainer: L.Trainer, module: SteeringSweep) -> Row:
-    """What the answers of a sweep depend on."""
-    return describe(trainer, module)
 
 
 def describe_inspection(trainer: L.Trainer, module: Inspection) -> Row:

@@ -92,7 +92,11 @@ class RunWriter(Callback):
             return
         left_out = limits(trainer)
         in_trial = any(part.endswith(TRIAL) for part in place.parts)
-        if left_out and not in_trial and (place.exists() or "fast_dev_run" in left_out):
+        is_there = place.exists()
+        if trainer.world_size > 1:
+            # Another process may be the first to write there.
+            is_there = trainer.strategy.broadcast(is_there)
+        if left_out and not in_trial and (is_there or "fast_dev_run" in left_out):
             given = ", ".join(f"--trainer.{name} {value}" for name, value in left_out.items())
             place = trial_place(place)
             rank_zero_warn(f"{option}: {given} leaves something out, so that this run writes to {place} instead")

@@ -77,6 +77,7 @@ def write_shift(
         "site": measure.site,
         "selector": measure.selector,
         "grounding": asdict(measure.grounding),
+        "grounding_hashes": measure.grounding.hashes(),
     }
     significance = measure.tested(moved)
     summary = {

@@ -76,7 +76,10 @@ def _steps(folder: Path) -> list[Path]:
     Raises:
         ValueError: One is missing between others: the last may come early, where training ended.
     """
-    runs = {run: path for path in sorted(folder.glob("step-*")) if step_of(path.name) and (run := run_of(path))}
+    runs: dict[str, Path] = {}
+    for path in sorted(folder.glob("step-*")):
+        if step_of(path.name) and (run := run_of(path)):
+            runs.setdefault(run, path)
     if len(runs) > 1:
         (one, first), (other, second) = list(runs.items())[:2]
         raise ValueError(
