@@ -170,6 +170,7 @@ class ShiftMonitor(RunWriter):
         metadata = {
             **describe_probe(trainer, pl_module, self.data, self.samples, self.site, self.selector),
             "run": self._run,
+            "dictionary_hash": self._load_dictionary().content_hash if isinstance(self.dictionary, str) else None,
         }
         source, self._working = trainer.strategy.broadcast(
             self._choose_place(step) if trainer.is_global_zero else (None, Path())
@@ -240,7 +241,7 @@ class ShiftMonitor(RunWriter):
         store = FeatureStore(self.folder)
         states = ConceptStates.read(store, self.site, self.selector, ORIGINAL)
         if isinstance(self.dictionary, str):
-            original = load_dictionary(user_path(self.dictionary) / "dictionary.safetensors")
+            original = self._load_dictionary()
             self._check(original, store)
         else:
             metadata = {"site": self.site, "selector": self.selector, "variant": ORIGINAL, "held_out": 0.0}
@@ -250,6 +251,10 @@ class ShiftMonitor(RunWriter):
             original = load_dictionary(path)
         # From the store: the unembedding of a model that is trained fully changes.
         return ShiftMeasure(original, Readout.load(self.folder), self.grounding, self.options)
+
+    def _load_dictionary(self) -> ConceptDictionary:
+        """The one that was fitted before."""
+        return load_dictionary(user_path(str(self.dictionary)) / "dictionary.safetensors")
 
     def _check(self, original: ConceptDictionary, store: FeatureStore) -> None:
         found = tuple(original.metadata.get(name) for name in ("site", "selector", "variant"))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..records.provenance import KEY, coverage, mismatch
+from ..records.provenance import KEY, data_coverage, mismatch
 from .report_files import read_json
 from .report_values import VARIANTS, Json
 
@@ -90,7 +90,7 @@ def _facts(content: Json) -> list[tuple[str, str]]:
         "destinations": ", ".join(_destinations(made)),
         "steering": "; ".join(steering),
         "data": " ".join(str(data[key]) for key in ("class", "root", "path", "split") if data.get(key)),
-        "samples": content.get("coverage") or _coverage(data, _object(made.get("limits"))),
+        "samples": content.get("coverage") or data_coverage(made),
         "prompt": str(data.get("prompt") or "").strip(),
         "tokens at most": made.get("max_new_tokens"),
         "seed": made.get("seed"),
@@ -105,14 +105,6 @@ def _destinations(made: Json) -> list[str]:
     if made.get("adapter"):
         hashes[str(made["adapter"])] = made.get("adapter_hash")
     return [f"{name} {str(value or '').rpartition(':')[2][:_DIGITS]}".strip() for name, value in hashes.items()]
-
-
-def _coverage(data: Json, limits: Json) -> str:
-    samples, of = data.get("samples"), data.get("of")
-    if not isinstance(samples, int):
-        return ""
-    reasons = [*(["limit"] if data.get("limit") else []), *limits]
-    return coverage(samples, of if isinstance(of, int) else None, reasons)
 
 
 def _object(value: Any) -> Json:

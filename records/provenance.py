@@ -138,3 +138,13 @@ def coverage(samples: int, of: int | None, reasons: Iterable[str] = ()) -> str:
     why = ", ".join(reasons)
     total = "" if of is None or of == samples else f" of {of:,}"
     return f"{samples:,}{total}{f' ({why})' if why and (total or of is None) else ''}"
+
+
+def data_coverage(made: Mapping[str, Any]) -> str:
+    """How much of its data a result is of, as what made it tells; empty where it does not."""
+    data, limits = made.get("data") or {}, made.get("limits") or {}
+    samples, of = (data.get(name) for name in ("samples", "of")) if isinstance(data, dict) else (None, None)
+    if not isinstance(samples, int):
+        return ""
+    reasons = [*(["limit"] if data.get("limit") is not None else []), *limits]
+    return coverage(samples, of if isinstance(of, int) else None, reasons)

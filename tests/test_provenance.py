@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 import pytest
-from conceptshift.records.provenance import command, commanded, coverage, made_now, mismatch
+from conceptshift.records.provenance import command, commanded, coverage, data_coverage, made_now, mismatch
 
 MADE = {
     "model_id": "a", "weights_hash": "w", "adapter": None, "adapter_hash": None, "seed": 0, "max_new_tokens": 5,
@@ -75,3 +75,8 @@ def test_how_much_of_the_data() -> None:
     assert coverage(8, None, ["limit"]) == "8 (limit)"
     assert coverage(1500, 1500, ["limit"]) == "1,500"
     assert coverage(3, 5, ["limit", "unreadable pictures"]) == "3 of 5 (limit, unreadable pictures)"
+    data = {"samples": 1200, "of": 1500, "limit": 1200}
+    assert data_coverage({"data": data}) == "1,200 of 1,500 (limit)"
+    limited = {"data": {**data, "limit": None}, "limits": {"limit_predict_batches": 3}}
+    assert data_coverage(limited) == "1,200 of 1,500 (limit_predict_batches)"
+    assert data_coverage({"data": {"hash": "of a stream"}}) == data_coverage({}) == ""

@@ -15,7 +15,7 @@ from ...datamodules.stored_features import Row
 from ...lightning_modules import FeatureExtraction, Inspection, SteeringStep
 from ...lightning_modules.backbone.destinations import ORIGINAL
 from ...lightning_modules.base import BackboneModule
-from ...records.provenance import Provenance, coverage, made_now, versions
+from ...records.provenance import Provenance, coverage, data_coverage, made_now, versions
 from ..steerer import Steerer
 
 # Stage of Lightning → the data module's, and the Trainer's options that leave batches of it out.
@@ -145,7 +145,7 @@ def provenance_of(metadata: Mapping[str, Any], **more: Any) -> Provenance:
     """
     kept = {name: value for name, value in metadata.items() if name not in _OF_THE_STORE}
     extracted = {name: metadata[name] for name in ("command", "date", "versions") if name in metadata}
-    return {**kept, "extracted": extracted, **more, **made_now()}
+    return {**kept, "coverage": data_coverage(metadata), "extracted": extracted, **more, **made_now()}
 
 
 def covered(trainer: L.Trainer, samples: int, skipped: int = 0, stage: str | None = None) -> str:
