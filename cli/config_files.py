@@ -50,6 +50,7 @@ def merge_configs(arguments: Sequence[str]) -> tuple[Config, list[str]]:
             flags.append(argument)
     for key, value in _values(flags):
         _exchange_class(config, key.removesuffix(f".{CLASS}"), value)
+    _check_names(config.get("callbacks"), flags)
     return config, flags
 
 
@@ -141,6 +142,25 @@ def _is_dictionary(of_class: str | None, option: str) -> bool:
     parameters = {} if found is None else inspect.signature(found).parameters
     annotation = str(parameters[option].annotation) if option in parameters else ""
     return re.search(r"\b[Dd]ict\[|\bMapping\[", annotation) is not None
+
+
+def _check_names(callbacks: Any, flags: Sequence[str]) -> None:
+    """Refuse options of a callback that nobody has said the class of: its name is misspelled, most likely."""
+    callbacks = callbacks if isinstance(callbacks, dict) else {}
+    given = {key: value for key, value in _values(flags) if key.startswith("callbacks.")}
+    names = dict.fromkeys([*callbacks, *(key.split(".")[1] for key in given)])
+    known = [
+        name
+        for name in names
+        if (isinstance(callbacks.get(name), dict) and CLASS in callbacks[name])
+        or {f"callbacks.{name}", f"callbacks.{name}.{CLASS}"} & given.keys()
+    ]
+    for name in names:
+        if name not in known and callbacks.get(name, {}) is not None and name != "help":
+            raise ValueError(
+                f"callbacks.{name}: there is no callback of that name, only {', '.join(known) or 'none'}; give it a "
+                f"class (--callbacks.{name} CLASS), or mend the name"
+            )
 
 
 # --- flags ----------------------------------------------------------------------------------------------------

@@ -118,6 +118,17 @@ def test_a_later_file_changes_one_and_keeps_the_others(parse: Parse, write: Call
     assert (list(found)[-1], found["extra"].init_args.variant, found["places"]) == ("extra", "destination", None)
 
 
+def test_a_misspelled_name_is_told(write: Callable[..., Path]) -> None:
+    file = f"--config={CONFIGS / 'steer_vqa.yaml'}"
+    told = r"callbacks\.answer: there is no callback of that name, only steer, answers; give it a class"
+    with pytest.raises(ValueError, match=told):
+        merge_configs([file, "--callbacks.answer.init_args.baseline=x"])
+    with pytest.raises(ValueError, match=told):
+        merge_configs([file, f"--config={write('later', {'callbacks': {'answer': {'init_args': {'baseline': 'x'}}}})}"])
+    for flags in (["--callbacks.answer=VQAScorer"], ["--callbacks.answer.class_path", "VQAScorer"], []):
+        merge_configs([file, *flags, *(["--callbacks.answer.baseline=x"] if flags else [])])
+
+
 def test_lists_of_old_still_parse(parse: Parse, write: Callable[..., Path]) -> None:
     old = {"trainer": {"callbacks": [{"class_path": "CaptionScorer"}]}}
     more = {"trainer": {"callbacks+": [{"class_path": "VQAScorer"}]}}

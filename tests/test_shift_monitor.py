@@ -175,7 +175,7 @@ def test_probes_of_another_run_are_not_gone_on_with(fit: Run, shapes: Path, tmp_
         ([option.replace(SELECTOR, "answer") for option in monitor(out, shapes)], "selectors"),
     ):
         error = fit(*LORA, *changed, f"--ckpt_path={checkpoint}", NO_CHECKPOINT, steps=4).error
-        assert f"{out / 'features'}: holds the probes of another run (`{key}` was " in error
+        assert f"{out / 'features'}: holds the probes of another run (`{key}" in error
         assert "give this one another --out, or start anew without --ckpt_path" in error
         assert not out.with_name(".out.new").exists()
     assert read(out / "features" / "metadata.json") == before
