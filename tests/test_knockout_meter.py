@@ -204,7 +204,7 @@ def test_two_processes_find_what_one_finds(knock: Run, tmp_path: Path) -> None:
     assert knock(tmp_path / "two", *few, *forked, knockouts=KNOCKOUTS[:1]).status == 0
     del os.environ["MASTER_PORT"]
     assert len(list((tmp_path / "two").glob("rows-*.jsonl"))) == 2, "it ran as one process"
-    one, two = ((tmp_path / name / "knockout.json").read_text() for name in ("one", "two"))
+    one, two = (measured(tmp_path / name / "knockout.json") for name in ("one", "two"))
     assert one == two
 
 

@@ -101,7 +101,9 @@ class Journal:
             )
         if self.overwrite or not begun:
             return False
-        if odd := mismatch(self.description(), json.loads(json.dumps(description))):
+        # What a limit has left out is still to be run, and changes nothing of what has been.
+        given = {key: value for key, value in json.loads(json.dumps(description)).items() if key != "limits"}
+        if odd := mismatch(self.description(), given):
             raise ValueError(
                 f"{self.out}: holds another run ({odd}); choose another folder (--out), or set `overwrite` to begin "
                 "anew"

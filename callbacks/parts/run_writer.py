@@ -100,7 +100,9 @@ class RunWriter(Callback):
             given = ", ".join(f"--trainer.{name} {value}" for name, value in left_out.items())
             place = trial_place(place)
             rank_zero_warn(f"{option}: {given} leaves something out, so that this run writes to {place} instead")
-        check_writable(place, option if self.told is not None else f"{option} (--out)", folder=not place.suffix)
+        check_writable(
+            place, option if self.told is not None else f"{option} (--out)", folder=not Path(self.place).suffix
+        )
         callbacks: list[Callback] = cast(Any, trainer).callbacks
         for other in callbacks:
             if other is not self and isinstance(other, RunWriter) and other.writes(place):

@@ -80,7 +80,10 @@ def read_concepts(path: Path, dictionary: ConceptDictionary) -> dict[str, Any]:
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file; a DictionaryFitter writes it beside its dictionary")
-    concepts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        concepts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: malformed JSON ({error}); fit the dictionary again") from error
     of = concepts.get("dictionary_hash")
     if of != dictionary.content_hash:
         raise ValueError(
