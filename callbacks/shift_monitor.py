@@ -178,7 +178,7 @@ class ShiftMonitor(RunWriter):
         resumed = source is not None
         if source is not None:
             # Refused on all processes, or the others would wait for this one.
-            if odd := trainer.strategy.broadcast(_odd(source, metadata) if trainer.is_global_zero else None):
+            if odd := trainer.strategy.broadcast(_odd(source, metadata, pl_module) if trainer.is_global_zero else None):
                 raise ValueError(
                     f"{source / 'features'}: holds the probes of another run ({odd}), so that they cannot be gone on "
                     "with; give this one another --out, or start anew without --ckpt_path"
@@ -366,7 +366,9 @@ class ShiftMonitor(RunWriter):
         )
 
 
-def _odd(place: Path, metadata: Row) -> str | None:
+def _odd(place: Path, metadata: Row, module: FineTuning) -> str | None:
     """The first thing in which the probes at a place are not this run's."""
     found = FeatureStore(place / "features").metadata
-    return mismatch(found, metadata, [key for key in metadata if key not in _NOT_COMPARED])
+    # Weights that came from no file are others as soon as they are trained.
+    ignored = _NOT_COMPARED | ({"weights_hash"} if module.random_weights else set())
+    return mismatch(found, metadata, [key for key in metadata if key not in ignored])
