@@ -111,8 +111,9 @@ class CausalChecker(Callback):
         readout = readout_of(pl_module, store)
         if not same_destination(store, backbone, variant):
             raise ValueError(
-                f"{self.out}: its states are of another {variant!r} than --model.init_args.destination has; "
-                "give the one that it was extracted with"
+                f"{self.out}: its states are of another {variant!r} "
+                f"({store.metadata.get('checkpoint_hashes', {}).get(variant)}) than --model.init_args.destination has "
+                f"({backbone.destination_hash(variant)}); give the one that it was extracted with"
             )
         states = ConceptStates.read(store, site, selector, variant)
         own = own_directions(fitted.dictionary, states.states)

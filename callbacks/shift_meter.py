@@ -17,7 +17,7 @@ from .parts.paired_states import PairedStates
 from .parts.run_writer import RunWriter
 from .parts.shift_measure import Moved, ShiftMeasure, ShiftOptions, learned_again
 from .parts.shift_report import write_shift
-from .parts.sources import dictionary_place, readout_of, same_model, store_folder
+from .parts.sources import dictionary_place, other_model, readout_of, store_folder
 from .parts.trajectory import checkpoints_of
 
 # The authors look further for the words of shifted concepts.
@@ -147,9 +147,9 @@ def _dictionary(folder: Path, store: FeatureStore) -> ConceptDictionary:
     if not path.is_file():
         raise ValueError(f"{folder}: has no dictionary.safetensors; give the `out` of a DictionaryFitter that has run")
     found = load_dictionary(path)
-    if not same_model(store.metadata, found.metadata["features"], found.metadata["variant"]):
+    if odd := other_model(found.metadata["features"], store.metadata, found.metadata["variant"]):
         raise ValueError(
-            f"{folder}: its dictionary is of another model than the states in {store.folder}; give the dictionary that "
-            "was fitted on them"
+            f"{folder}: its dictionary is of another model than the states in {store.folder} ({odd}); give the "
+            "dictionary that was fitted on them"
         )
     return found

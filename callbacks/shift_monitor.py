@@ -42,7 +42,7 @@ from .parts.run_description import describe_probe
 from .parts.run_writer import RunWriter
 from .parts.shift_measure import Moved, ShiftMeasure, ShiftOptions, learned_again
 from .parts.shift_report import show_point, write_shift
-from .parts.sources import same_model
+from .parts.sources import other_model
 from .parts.store_rows import store_rows
 from .parts.trajectory import point
 from .shift_meter import GROUNDING, OPTIONS
@@ -263,8 +263,11 @@ class ShiftMonitor(RunWriter):
                 f"{self.dictionary}: its dictionary is of {found}, not of {(self.site, self.selector, ORIGINAL)}; give "
                 "the original's of the same site and selector, or a method"
             )
-        if not same_model(store.metadata, original.metadata["features"], ORIGINAL):
-            raise ValueError(f"{self.dictionary}: its dictionary is of another model than --model.init_args.model_id")
+        if odd := other_model(original.metadata["features"], store.metadata, ORIGINAL):
+            raise ValueError(
+                f"{self.dictionary}: its dictionary is of another model than --model.init_args.model_id ({odd}); give "
+                "one of this model, or a method"
+            )
 
     # --- while it trains ----------------------------------------------------------------------------------
 

@@ -347,7 +347,8 @@ def test_a_dictionary_of_another_model_or_site(
         return error
 
     other = store("other", {"original": Z, "destination": Z}, checkpoint_hashes={"destination": "another"})
-    assert f"first-destination: its dictionary is of another model than the states in {other}" in again(other)
+    told = f"its dictionary is of another model than the states in {other} (destination one and another)"
+    assert f"first-destination: {told}" in again(other)
     for kind in ("original", "destination"):
         path = tmp_path / f"first-{kind}" / "dictionary.safetensors"
         dictionary = load_dictionary(path)

@@ -17,7 +17,7 @@ from ...metrics import GroundedConcepts
 from ...records.provenance import mismatch
 from .concept_states import ConceptStates
 from .grounding import GroundingOptions, words_of
-from .sources import read_concepts, same_model
+from .sources import other_model, read_concepts
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,11 @@ class WrittenDictionary:
 
     def _own(self, store: FeatureStore, fitted_on: FeatureStore | None) -> FeatureStore:
         source: Mapping[str, Any] = self.metadata["features"]
-        if not same_model(store.metadata, source, self.metadata["variant"]):
-            raise ValueError(f"{store.folder}: its states are of another model than the dictionary in {self.folder}")
+        if odd := other_model(store.metadata, source, self.metadata["variant"]):
+            raise ValueError(
+                f"{store.folder}: its states are of another model than the dictionary in {self.folder} ({odd}); score "
+                "it on states of its own model"
+            )
         if fitted_on is None or mismatch(fitted_on.metadata, source) is not None:
             raise ValueError(
                 f"{store.folder if fitted_on is None else fitted_on.folder}: not the store that {self.folder} was "

@@ -97,16 +97,21 @@ def model_of(pl_module: L.LightningModule) -> VisionLanguageModel | None:
     return pl_module.backbone if isinstance(pl_module, BackboneModule) else None
 
 
-def same_model(one: Mapping[str, Any], other: Mapping[str, Any], variant: str) -> bool:
-    """Whether a variant is the same model in two feature stores.
+def other_model(one: Mapping[str, Any], other: Mapping[str, Any], variant: str) -> str | None:
+    """In what a variant is another model in two feature stores, with both values; nothing where it is the same.
 
     Args:
         one: Metadata of one store.
         other: Metadata of the other.
         variant: `original`, or the name of a destination.
     """
-    hashes = [metadata.get("checkpoint_hashes", {}).get(variant) for metadata in (one, other)]
-    return one.get("weights_hash") == other.get("weights_hash") and hashes[0] == hashes[1]
+    for name, found in (
+        ("weights", [metadata.get("weights_hash") for metadata in (one, other)]),
+        (variant, [metadata.get("checkpoint_hashes", {}).get(variant) for metadata in (one, other)]),
+    ):
+        if found[0] != found[1]:
+            return f"{name} {found[0]} and {found[1]}"
+    return None
 
 
 def same_destination(store: FeatureStore, backbone: VisionLanguageModel, variant: str) -> bool:
@@ -125,7 +130,8 @@ def readout_of(pl_module: L.LightningModule, store: FeatureStore) -> Readout:
     readout = pl_module.readout
     if store.metadata.get("weights_hash") != readout.weights_hash:
         raise ValueError(
-            f"{store.folder}: its states are of another model than this run's; take them alone, with --model Replay "
+            f"{store.folder}: its states are of another model than this run's (weights "
+            f"{store.metadata.get('weights_hash')} and {readout.weights_hash}); take them alone, with --model Replay "
             f"--data StoredFeatures --data.init_args.folder {store.folder}"
         )
     return readout
