@@ -80,9 +80,7 @@ def test_the_same_class_by_another_name_keeps_its_options(parse: Parse) -> None:
     assert not same_class("torch.optim.SGD", "torch.optim.AdamW")
 
 
-def test_neither_does_a_class_within_another(parse: Parse) -> None:
-    config = parse("fit", "--config", CONFIGS / "finetune.yaml", "--model.init_args.optimizer=torch.optim.SGD")
-    assert config.model.init_args.optimizer.init_args.lr != 0.001 or "weight_decay" in str(config)
+def test_neither_does_a_class_within_another() -> None:
     earlier = {"o": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 9}}}
     later = {"o": {"class_path": "torch.optim.SGD", "init_args": {"momentum": 1}}}
     assert merged(earlier, later) == later

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -116,7 +115,7 @@ def test_everything_of_a_training_lies_in_its_folder(train: Run, tmp_path: Path)
     assert saved.count(str(tmp_path / "one")) == 1
 
 
-def test_callbacks_have_fixed_places_by_their_names(extract: Run, tmp_path: Path) -> None:
+def test_callbacks_have_fixed_places_by_their_names(cli: Run, extract: Run, tmp_path: Path) -> None:
     named = [
         "--callbacks.mine=DictionaryFitter", f"--callbacks.mine.site={SITE}", f"--callbacks.mine.selector={SELECTOR}",
         "--callbacks.mine.dictionary=KMeans", "--callbacks.mine.dictionary.n_concepts=2",
@@ -131,7 +130,9 @@ def test_callbacks_have_fixed_places_by_their_names(extract: Run, tmp_path: Path
     assert (tmp_path / "run" / "concepts" / "mine" / "dictionary.safetensors").is_file()
     assert len(list((tmp_path / "run" / "vectors" / "ways").iterdir())) == 2
     # What was saved runs again, elsewhere.
-    shutil.copy(tmp_path / "run" / "predict.yaml", tmp_path / "again.yaml")
+    done = cli("predict", f"--config={tmp_path / 'run' / 'predict.yaml'}", f"--out={tmp_path / 'again'}")
+    assert done.status == 0, done.err
+    assert files(tmp_path / "again").keys() == files(tmp_path / "run").keys()
 
 
 def test_without_a_folder_a_callback_asks_for_one(cli: Run, validate: Run, extract: Run, tmp_path: Path) -> None:
