@@ -20,7 +20,7 @@ from conceptshift.lightning_modules.backbone import Steering
 from conceptshift.lightning_modules.backbone.loading import DeviceMap, quantization_config
 from conceptshift.tests.families.dynamic import ODD
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 Run = Callable[..., Any]
@@ -202,6 +202,8 @@ def repository(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     config = json.loads((folder / "config.json").read_text())
     code = {"AutoConfig": "own.OwnConfig", "AutoModelForImageTextToText": "own.OwnModel"}
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "own_llava", "auto_map": code}))
+    # Its weights under its own names: transformers has no translation for a model that it does not know.
+    save_file(VisionLanguageModel.load(str(tiny)).model.state_dict(), folder / "model.safetensors", {"format": "pt"})
     (folder / "own.py").write_text(_CODE.format(ran=str(tmp_path / "ran")))
     return folder
 
@@ -274,7 +276,7 @@ def test_a_package_that_is_missing_is_named(tiny: Path, cli: Run, monkeypatch: p
 
     with monkeypatch.context() as patch:
         patch.setattr("transformers.AutoModelForImageTextToText.from_pretrained", fail)
-        assert "(Loading this needs `brackets`)" in cli("sites", "--model", tiny).error
+        assert "(Loading this needs `brackets` and more)" in cli("sites", "--model", tiny).error
     monkeypatch.setattr("transformers.AutoProcessor.from_pretrained", fail)
     error = cli("sites", "--model", tiny).error
     assert "its processor needs a package that is missing (Loading this needs `brackets` and more)" in error

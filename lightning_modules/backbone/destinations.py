@@ -1,22 +1,18 @@
-"""Destinations beside the original in one load: adapters that are switched, weights that are exchanged."""
+"""Names of destinations and series of them, and whether they are there."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor, nn
 
 from ...records.paths import user_name
 from .identity import base_note
-from .loading import load_pretrained
 
 ORIGINAL, DESTINATION = "original", "destination"
+TRAINED = "default"
+"""An adapter that is being trained, by the name that PEFT gives one."""
 _STEP = re.compile(r"step-(\d+)$")
 # Folders that say what they hold, not which run they are of.
 _GENERAL_NAMES = ("adapter", "model")
@@ -127,56 +123,3 @@ def check_checkpoint(path: str) -> None:
 def is_adapter(path: str) -> bool:
     """Whether a folder has a PEFT adapter."""
     return (Path(path) / "adapter_config.json").is_file()
-
-
-def own_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers of a model under the names that they have without an adapter."""
-    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return {name.replace(".base_layer", ""): value for name, value in named.items() if "lora_" not in name}
-
-
-def changed_weights(model: Any, path: str, attention: str) -> dict[str, Tensor]:
-    """What another model of the same architecture has changed.
-
-    Args:
-        model: The original.
-        path: Folder or hub id of the other.
-        attention: Attention implementation.
-
-    Returns:
-        Name → tensor, on the CPU, of those that differ from the original's.
-
-    Raises:
-        ValueError: It cannot be loaded, or is of another structure.
-    """
-    dtype = str(model.dtype).removeprefix("torch.")
-    other, _ = load_pretrained(path, revision=None, dtype=dtype, attention=attention, random_weights=False)
-    own, theirs = own_tensors(model), own_tensors(other)
-    odd = sorted(set(own) ^ set(theirs)) or sorted(name for name in own if own[name].shape != theirs[name].shape)
-    if odd:
-        raise ValueError(
-            f"destination {path!r}: of another structure than the original (first difference: {odd[0]}); give a model "
-            "that was fine-tuned from --model.init_args.model_id"
-        )
-    return {name: value.data for name, value in theirs.items() if not torch.equal(value, own[name].cpu())}
-
-
-@contextmanager
-def exchanged(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Within the context a model has other weights; the original's stay where they are in memory.
-
-    Args:
-        model: The model.
-        weights: Name → tensor, as `changed_weights` finds them, on any device.
-    """
-    own = own_tensors(model)
-    kept = {name: own[name].data for name in weights}
-    try:
-        # Gradients can be taken through them, whatever surrounds this.
-        with torch.inference_mode(False):
-            for name, value in weights.items():
-                own[name].data = value.to(device=kept[name].device, dtype=kept[name].dtype)
-        yield
-    finally:
-        for name, value in kept.items():
-            own[name].data = value

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import re
+import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,6 +41,7 @@ def load_pretrained(
     quantization: Quantization | None = None,
     device_map: DeviceMap | None = None,
     trust_remote_code: bool = False,
+    allow_missing_weights: bool = False,
 ) -> tuple[Any, Any]:
     """Load a model and its processor; see `VisionLanguageModel.load`.
 
@@ -48,7 +50,6 @@ def load_pretrained(
     """
     source = {"revision": revision, "trust_remote_code": trust_remote_code}
     check_remote_code(model_id, revision, trust_remote_code)
-    quantized = {} if quantization is None else {"quantization_config": quantization_config(quantization)}
     with reading(model_id):
         processor = load_processor(model_id, **source)
         if random_weights:
@@ -57,11 +58,47 @@ def load_pretrained(
                 config, attn_implementation=attention, trust_remote_code=trust_remote_code
             )
             _initialise_by_fan_in(model)
-        else:
-            model = AutoModelForImageTextToText.from_pretrained(
-                model_id, dtype=dtype, attn_implementation=attention, device_map=device_map, **source, **quantized
+            return model, processor
+    quantized = {} if quantization is None else {"quantization_config": quantization_config(quantization)}
+    return load_model(
+        model_id,
+        dtype=dtype,
+        attention=attention,
+        allow_missing_weights=allow_missing_weights,
+        device_map=device_map,
+        **source,
+        **quantized,
+    ), processor
+
+
+def load_model(
+    model_id: str, *, dtype: str, attention: str, allow_missing_weights: bool = False, **options: Any
+) -> Any:
+    """Load a model without its processor.
+
+    Args:
+        model_id: Folder or hub id.
+        dtype: Precision, see `DTYPES`.
+        attention: Attention implementation.
+        allow_missing_weights: Accept that the files lack tensors, which are random then.
+        options: As for `from_pretrained`.
+
+    Raises:
+        ValueError: Nothing can be loaded from `model_id`, or not all of it.
+    """
+    with reading(model_id):
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            model_id, dtype=dtype, attn_implementation=attention, output_loading_info=True, **options
+        )
+        model, told = loaded
+        missing = sorted(told["missing_keys"])
+        if missing and not allow_missing_weights:
+            others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
+            raise ValueError(
+                f"its files have no {missing[0]}{others}, which would be random; give whole files, or accept that with "
+                "--model.init_args.allow_missing_weights true"
             )
-    return model, processor
+    return model
 
 
 def load_skeleton(
@@ -100,7 +137,6 @@ def reading(model_id: str) -> Iterator[None]:
     except (OSError, SafetensorError, KeyError, ValueError, ImportError) as error:
         if str(error).startswith(f"model_id {model_id!r}"):
             raise
-        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         if "trust_remote_code" in str(error):
             raise ValueError(
                 f"model_id {model_id!r}: transformers does not know this model, and the Python code in its repository "
@@ -109,9 +145,14 @@ def reading(model_id: str) -> Iterator[None]:
                 "--model.init_args.revision the commit that was read"
             ) from error
         raise ValueError(
-            f"model_id {model_id!r}: no image-text-to-text model can be loaded from it ({first}); give a folder "
-            "in the Hugging Face layout or a hub id"
+            f"model_id {model_id!r}: no image-text-to-text model can be loaded from it ({reason_of(error)}); give a "
+            "folder in the Hugging Face layout or a hub id"
         ) from error
+
+
+def reason_of(error: BaseException) -> str:
+    """What an error of a library says, in one line; of a long one its beginning, to the end of a word."""
+    return textwrap.shorten(str(error) or type(error).__name__, 400, placeholder=" …")
 
 
 def check_remote_code(model_id: str, revision: str | None, trust_remote_code: bool) -> None:

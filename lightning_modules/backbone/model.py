@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ...records.paths import user_name
 from .capture import Capture
+from .destinations import DESTINATION
 from .generation import Generation, Prefilled
 from .identity import model_hashes
 from .interventions import Applied, RunningPass, Steering, intervening
@@ -51,6 +52,8 @@ class VisionLanguageModel(Variants):
         finder = PatchFinder(self.structure, self._picture_alone, self.encode.image_token_id)
         self._find_patches = lru_cache(maxsize=4096)(finder)
         self._pass: RunningPass | None = None
+        self._scales_of: dict[str, tuple[tuple[str, float], ...]] = {}
+        self._vocabularies: dict[tuple[int, int], list[str]] = {}
 
     @classmethod
     def load(
@@ -65,13 +68,14 @@ class VisionLanguageModel(Variants):
         quantization: Quantization | None = None,
         device_map: DeviceMap | None = None,
         trust_remote_code: bool = False,
+        allow_missing_weights: bool = False,
     ) -> VisionLanguageModel:
         """Load a model from a folder or the hub.
 
         Args:
             model_id: Folder or hub id.
             revision: Commit or tag on the hub.
-            adapter: Folder or hub id of a PEFT adapter of this model.
+            adapter: Folder or hub id of a PEFT adapter of this model, which speaks from then on.
             dtype: `auto` (as saved), `float32`, `bfloat16` or `float16`.
             attention: `sdpa`, `eager` or `flash_attention_2`.
             random_weights: Take only configuration and processor, and initialise the weights from the current
@@ -80,6 +84,7 @@ class VisionLanguageModel(Variants):
             device_map: `auto` lays the layers on all GPUs, and in main memory what is left.
             trust_remote_code: Run the Python that the model's repository ships, with all your rights. Only for code
                 that you have read, at the commit that `revision` names.
+            allow_missing_weights: Accept that its files lack tensors, which are random then.
 
         Raises:
             ValueError: Nothing can be loaded from `model_id` in this way, or `adapter` belongs to another model.
@@ -94,11 +99,14 @@ class VisionLanguageModel(Variants):
             quantization=quantization,
             device_map=device_map,
             trust_remote_code=trust_remote_code,
+            allow_missing_weights=allow_missing_weights,
         )
-        hashes = {} if random_weights else model_hashes(model_id, revision)
-        wrapper = cls(model, processor, model_id, hashes)
+        # What is not all in files is known by its tensors.
+        whole = not (random_weights or allow_missing_weights)
+        wrapper = cls(model, processor, model_id, model_hashes(model_id, revision) if whole else {})
         if adapter is not None:
             wrapper.load_adapter(adapter)
+            wrapper.speak_as(DESTINATION)
         return wrapper
 
     # --- structure ----------------------------------------------------------------------------------------
@@ -107,11 +115,6 @@ class VisionLanguageModel(Variants):
     def decoder(self) -> nn.Module:
         """The language model without its head."""
         return self.structure.decoder
-
-    @property
-    def tokenizer(self) -> Any:
-        """The model's tokenizer."""
-        return self.processor.tokenizer
 
     @property
     def final_norm(self) -> nn.Module:
@@ -123,15 +126,23 @@ class VisionLanguageModel(Variants):
         """The unembedding: states after the final norm → logits."""
         return Unembedding(self.structure.head, self._scales)
 
-    @cached_property
+    @property
     def _scales(self) -> tuple[tuple[str, float], ...]:
-        """What the model does with logits, of what its configuration says."""
-        ways = [self.structure.scales, ()]
-        if not ways[0]:
+        """What the variant that speaks does with logits, of what its configuration says."""
+        if not self.structure.scales:
             return ()
-        with torch.inference_mode():
-            logits, state = self._asked()
-            return min(ways, key=lambda way: _difference(Unembedding(self.structure.head, way)(state), logits))
+        if self.variant not in self._scales_of:
+            with torch.inference_mode():
+                logits, state = self._asked()
+                ways = [self.structure.scales, ()]
+                self._scales_of[self.variant] = min(
+                    ways, key=lambda way: _difference(Unembedding(self.structure.head, way)(state), logits)
+                )
+        return self._scales_of[self.variant]
+
+    def ask(self) -> Tensor:
+        """Logits of a small prompt with a picture, as the variant that speaks."""
+        return self._asked()[0]
 
     @torch.inference_mode()
     def _asked(self) -> tuple[Tensor, Tensor]:
@@ -144,11 +155,14 @@ class VisionLanguageModel(Variants):
             logits: Tensor = self.model(**inputs).logits
         return logits, self.final_norm(next(iter(capture.raw().values())))
 
-    @cached_property
+    @property
     def vocabulary(self) -> list[str]:
         """Every row of the unembedding as decoded text; rows without a token are empty."""
-        rows = len(self.unembed.weight)
-        return [self.tokenizer.decode([token]) if token < len(self.tokenizer) else "" for token in range(rows)]
+        rows, tokenizer = len(self.structure.head.weight), self.tokenizer
+        if (found := self._vocabularies.get((rows, id(tokenizer)))) is None:
+            found = [tokenizer.decode([token]) if token < len(tokenizer) else "" for token in range(rows)]
+            self._vocabularies[rows, id(tokenizer)] = found
+        return found
 
     def forward(self, inputs: dict[str, Tensor]) -> Any:
         """Run the model on an encoded batch; with `labels` the output has the mean loss per answer token."""

@@ -73,6 +73,11 @@ class Structure:
     def __init__(self, model: Any) -> None:
         self.model = model
 
+    def forget(self) -> None:
+        """Look for everything anew: an adapter may have wrapped what was found."""
+        for name in set(vars(self)) - {"model"}:
+            delattr(self, name)
+
     @cached_property
     def decoder(self) -> nn.Module:
         """The module of the language model that holds its blocks.

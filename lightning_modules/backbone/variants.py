@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from peft.utils import load_peft_weights
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -17,15 +19,18 @@ from transformers import AutoConfig
 
 from ...records.hashes import value_hash
 from ...records.paths import user_name
-from .destinations import DESTINATION, ORIGINAL, changed_weights, exchanged, is_adapter
+from .adapters import AdapterReader, attach, switch
+from .destinations import DESTINATION, ORIGINAL, TRAINED, is_adapter
+from .exchange import Exchange, Original
 from .identity import BASE_NOTE, OF_TENSORS, adapter_settings, base_note, destination_hash
-from .loading import tensor_hash
+from .loading import reason_of, tensor_hash
 from .parts import lora_targets
 from .sharding import gathered, shard_model
 from .structure import Structure
+from .whole_models import grown_tokenizer, whole_model
 
 
-class Variants(nn.Module):
+class Variants(nn.Module, ABC):
     """A model that can be switched between an original and its destinations, saved, and left to processes in pieces.
 
     Args:
@@ -41,36 +46,64 @@ class Variants(nn.Module):
         self.processor = processor
         self.source = source
         self.structure = Structure(model)
+        self.variant = ORIGINAL
+        """Which of them speaks; `running_as` changes it for a while."""
+        self._original = Original(model)
+        self._read_adapter = AdapterReader(model)
+        # Those of the original's tensors that have a row for each token, and may have more of them in a destination.
+        ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+        weights = {f"{name}.weight" for name, module in self._original.modules.items() if module in ends}
+        self._vocabulary = weights & set(self._original.tensors())
         # PEFT injects its layers into `model` in place; the handle only switches and saves them. It is kept out
         # of the module tree, where every parameter would be registered twice.
         self._peft: list[PeftModel] = []
-        self._changed: dict[str, dict[str, Tensor]] = {}
+        self._trained: str | None = None
+        # What each destination has otherwise than the original, beside its adapter.
+        self._exchanges: dict[str, Exchange] = {}
+        self._kept = Exchange()
+        self._tokenizers: dict[str, Any] = {}
         self.is_sharded = False
         """Whether this process has only pieces of the model."""
         # Of the original, whatever is attached to it later; and of each destination.
         self.hashes = dict(hashes or {})
         self._destination_hashes: dict[str, str] = {}
 
-    # --- adapters -----------------------------------------------------------------------------------------
+    @abstractmethod
+    def ask(self) -> Tensor:
+        """Logits of a small prompt with a picture, as the variant that speaks."""
+
+    # --- destinations -------------------------------------------------------------------------------------
 
     def add_lora(self, config: LoraConfig) -> None:
-        """Attach a new LoRA adapter and freeze everything else.
+        """Attach a new LoRA adapter, freeze everything else, and speak as it from now on.
 
         Args:
             config: Its options; without `target_modules` it adapts the linear layers in the language model's blocks.
 
         Raises:
-            ValueError: `config.target_modules` matches nothing.
+            ValueError: `config.target_modules` matches nothing, or it trains the original's own biases.
         """
+        if config.bias != "none":
+            raise ValueError(
+                f"LoRA with bias={config.bias!r} trains the original's own biases, so that there is no original to "
+                "compare with; use lora_bias=True"
+            )
         self._keep_hash()
         config.target_modules = config.target_modules or lora_targets(self.model, ["language_model"])
-        self._peft = [get_peft_model(self.model, config)]
+        with self._original.guarded() as written:
+            peft = get_peft_model(self.model, config, adapter_name=TRAINED)
+            switch(peft, None)
+        self._peft, self._trained = [peft], TRAINED
+        self._exchanges[TRAINED] = Exchange(written)
+        self.structure.forget()
+        self.speak_as(TRAINED)
 
     def add_destination(self, path: str, name: str = DESTINATION) -> None:
-        """Take a fine-tuned model beside the original, frozen: see `running_as`.
+        """Take a fine-tuned model beside the original, frozen: see `running_as`. The original goes on speaking.
 
         Args:
-            path: A PEFT adapter, or a whole model of the same structure, of which the tensors that differ are kept.
+            path: A PEFT adapter, or a whole model of the same structure, of which the tensors and settings that differ
+                are kept.
             name: What it is called.
 
         Raises:
@@ -84,30 +117,90 @@ class Variants(nn.Module):
             self._check_base(path)
         except ValueError as error:
             raise ValueError(f"destination {path!r}: {error}; give a model that was fine-tuned from it") from error
-        self._changed[name] = changed_weights(self.model, path, self.model.config._attn_implementation)
-        self._note_hash(path, name)
+        with self.running_as(ORIGINAL):
+            exchange = whole_model(path, self.model, self.processor, self._original, self._vocabulary)
+        self._add(path, name, exchange)
 
     def load_adapter(self, adapter: str, name: str = DESTINATION) -> None:
-        """Attach a saved PEFT adapter, frozen.
+        """Attach a saved PEFT adapter, frozen. Whoever speaks goes on speaking.
+
+        What it writes into the original (PiSSA, OLoRA, trained biases, a grown vocabulary) is taken out again, and is
+        there while it speaks.
 
         Raises:
-            ValueError: It is missing, or was made for a model of another structure.
+            ValueError: It is missing, was made for a model of another structure, or does not act in the model's layers.
         """
         adapter = user_name(adapter)
         self._keep_hash()
+        with self.running_as(ORIGINAL):
+            try:
+                self._check_base(adapter)
+                tensors = self._attach(adapter, name)
+            except (OSError, SafetensorError, RuntimeError, ValueError, KeyError, AttributeError, TypeError) as error:
+                self._detach(name)
+                state = "does not fit" if Path(adapter).exists() else "is no folder here, nor a hub id that fits"
+                raise ValueError(
+                    f"adapter {adapter!r} {state} {self.source!r} ({reason_of(error)}); give a PEFT folder made from "
+                    "this model"
+                ) from error
+        self._add(adapter, name, Exchange(tensors))
+
+    def _attach(self, adapter: str, name: str) -> dict[str, Tensor]:
+        """Attach an adapter; gives what it has of the original's own tensors otherwise."""
+        peft = self._peft[0] if self._peft else None
+        tensors = self._original.tensors()
+        with (
+            self._read_adapter.read(adapter, {name: tensors[name] for name in self._vocabulary}) as (folder, more),
+            self._original.guarded() as written,
+        ):
+            self._peft = [attach(self.model, peft, folder, name)]
+        return {name: value.cpu() for name, value in {**written, **more}.items()}
+
+    def _detach(self, name: str) -> None:
+        """Remove what is left of an adapter that could not be attached."""
+        if self._peft and name in self._peft[0].peft_config:
+            self._peft[0].delete_adapter(name)
+        self.structure.forget()
+
+    def _add(self, path: str, name: str, exchange: Exchange) -> None:
+        """Take a destination in, and say if it says nothing else than the original."""
+        self._exchanges[name] = exchange
+        self.structure.forget()
+        self._note_hash(path, name)
+        tensors = self._original.tensors()
+        if any(len(value) > len(tensors[key]) for key, value in exchange.tensors.items() if key in self._vocabulary):
+            self._tokenizers[name] = grown_tokenizer(path, self.processor.tokenizer)
+        if self.model.device.type == "meta":
+            return
         try:
-            if self._peft:
-                self._peft[0].load_adapter(adapter, name)
-            else:
-                self._peft = [PeftModel.from_pretrained(self.model, adapter, adapter_name=name)]
-            self._check_adapter(adapter, name)
-        except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as error:
-            first = str(error).strip().splitlines()[0]
-            state = "does not fit" if Path(adapter).exists() else "is no folder here, nor a hub id that fits"
+            said = self._said(name)
+        except (RuntimeError, ValueError, IndexError, TypeError, KeyError) as error:
             raise ValueError(
-                f"adapter {adapter!r} {state} {self.source!r} ({first}); give a PEFT folder made from this model"
+                f"destination {path!r}: cannot answer as {self.source!r} is asked ({reason_of(error)})"
             ) from error
-        self._note_hash(adapter, name)
+        with self.running_as(ORIGINAL):
+            own = self.ask()
+        if own.shape == said.shape and torch.equal(own, said):
+            warnings.warn(
+                f"destination {path!r} ({name}) gives a prompt with a picture the same logits as the original: as far "
+                "as can be seen it changes nothing, and no concept will shift",
+                stacklevel=4,
+            )
+
+    def _said(self, name: str) -> Tensor:
+        """What a destination says, as PEFT says it too."""
+        with self.running_as(name):
+            said = self.ask()
+            if self._peft and name in self._peft[0].peft_config:
+                own, self.model = self.model, self._peft[0]
+                try:
+                    of_peft = self.ask()
+                finally:
+                    self.model = own
+                if said.shape != of_peft.shape or not torch.allclose(said, of_peft, rtol=1e-3, atol=1e-3):
+                    kind = self._peft[0].peft_config[name].peft_type
+                    raise ValueError(f"{getattr(kind, 'value', kind)} acts in PEFT's own forward; give another adapter")
+        return said
 
     def _keep_hash(self) -> None:
         """Find the hash of a model that came from no files while nothing is attached to it."""
@@ -117,14 +210,6 @@ class Variants(nn.Module):
     def _note_hash(self, path: str, name: str) -> None:
         if (found := destination_hash(path)) is not None:
             self._destination_hashes[name] = found
-
-    def _check_adapter(self, adapter: str, name: str) -> None:
-        """Refuse what PEFT loads in part, or on another base of the same shape."""
-        loaded = get_peft_model_state_dict(self._peft[0], adapter_name=name)
-        odd = set(load_peft_weights(adapter, device="cpu")) ^ set(loaded)
-        if odd:
-            raise ValueError(f"its layers are not this model's, e.g. {sorted(odd)[0]}")
-        self._check_base(adapter)
 
     def _check_base(self, path: str) -> None:
         """Refuse what says of itself that it was trained from another model."""
@@ -136,9 +221,11 @@ class Variants(nn.Module):
                 f"it was trained on other weights: {made_for.get('model_id')}, {trained_on}, and these are {own}"
             )
 
+    # --- who speaks ---------------------------------------------------------------------------------------
+
     @contextmanager
     def running_as(self, variant: str) -> Iterator[None]:
-        """Within the context the model computes as one of those that it was loaded with.
+        """Within the context the model computes as one of those that it was loaded with; then as before.
 
         Args:
             variant: `original`, or the name of a destination.
@@ -146,22 +233,40 @@ class Variants(nn.Module):
         Raises:
             ValueError: It has no destination of that name.
         """
-        if variant == ORIGINAL or variant in self._changed:
-            changed = self._changed.get(variant, {})
-            with self._peft[0].disable_adapter() if self._peft else nullcontext(), exchanged(self.model, changed):
-                yield
-            return
-        self._check_variant(variant)
-        self._peft[0].set_adapter(variant)
-        yield
+        before = self.variant
+        self.speak_as(variant)
+        try:
+            yield
+        finally:
+            self.speak_as(before)
 
-    def _check_variant(self, variant: str) -> None:
-        adapters = list(self._peft[0].peft_config) if self._peft else []
-        if variant not in (known := [ORIGINAL, *adapters, *self._changed]):
+    def speak_as(self, variant: str) -> None:
+        """Let the model compute as one of those that it was loaded with, from now on.
+
+        Args:
+            variant: `original`, or the name of a destination.
+
+        Raises:
+            ValueError: It has no destination of that name.
+        """
+        if variant not in (known := [ORIGINAL, *self._exchanges]):
             raise ValueError(
                 f"{self.source}: loaded without {variant!r}, only with {', '.join(known)}; name it with "
                 "--model.init_args.destination"
             )
+        if variant == self.variant:
+            return
+        self._original.put(self._kept)
+        if self._peft:
+            adapter = variant if variant in self._peft[0].peft_config else None
+            switch(self._peft[0], adapter, trained=variant == self._trained)
+        self._kept = self._original.put(self._exchanges.get(variant, Exchange()))
+        self.variant = variant
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer: the model's, or of a destination with more tokens its own."""
+        return self._tokenizers.get(self.variant) or self.processor.tokenizer
 
     def save(self, folder: Path, state: dict[str, Tensor] | None = None, made: Mapping[str, Any] | None = None) -> None:
         """Write the adapter in PEFT's layout, or the whole model and processor where there is no adapter.
@@ -194,10 +299,9 @@ class Variants(nn.Module):
         """
         if variant in self._destination_hashes:
             return self._destination_hashes[variant]
-        if variant in self._changed:
-            return f"{OF_TENSORS}:{tensor_hash(self._changed[variant])}"
         if not self._peft or variant not in self._peft[0].peft_config:
-            return None
+            exchange = self._exchanges.get(variant)
+            return None if exchange is None else f"{OF_TENSORS}:{tensor_hash(exchange.tensors)}"
         weights = tensor_hash(get_peft_model_state_dict(self._peft[0], adapter_name=variant))
         settings = adapter_settings(self._peft[0].peft_config[variant].to_dict())
         return f"{OF_TENSORS}:{value_hash([weights, json.loads(json.dumps(settings, default=str))])}"
@@ -219,10 +323,10 @@ class Variants(nn.Module):
         Raises:
             ValueError: A destination is a whole model, of which there are no pieces.
         """
-        if self._changed:
+        if odd := [name for name, exchange in self._exchanges.items() if exchange]:
             raise ValueError(
-                f"destination {next(iter(self._changed))!r} is a whole model, which cannot be exchanged in pieces; use "
-                "--trainer.strategy ddp, or give an adapter"
+                f"destination {odd[0]!r} is a whole model, or an adapter that writes into one, which cannot be "
+                "exchanged in pieces; use --trainer.strategy ddp, or give a plain LoRA adapter"
             )
         self._keep_hash()
         # No process can compute them alone later.

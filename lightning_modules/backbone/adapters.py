@@ -1,0 +1,189 @@
+"""Reads PEFT adapters of any age for a model, and refuses those that do not act inside it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+from .exchange import grown
+
+_PREFIX = "base_model.model."
+_CONFIG = "adapter_config.json"
+# What PEFT says of adapters that write into the model, and of weights that lack: undone or refused here.
+_HANDLED = r"(?s).*(changes the base weights of|disabling adapter layers with bias|Found missing adapter keys)"
+
+
+class AdapterReader:
+    """Reads adapters for one model, whatever its modules were called when they were saved.
+
+    Args:
+        model: The transformers model, with nothing attached to it.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._modules = dict(model.named_modules())
+        self._own = {name: list(module.parameters(recurse=False)) for name, module in self._modules.items()}
+        self._renamings = [
+            one for one in get_model_conversion_mapping(model, add_legacy=False) if isinstance(one, WeightRenaming)
+        ]
+
+    @contextmanager
+    def read(self, path: str, vocabulary: Mapping[str, Tensor]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Within the context a folder that PEFT can load into the model.
+
+        Args:
+            path: Folder or hub id.
+            vocabulary: Name → tensor of the model with a row for each token.
+
+        Yields:
+            The folder or hub id itself, or a copy with today's names; and by their names those of `vocabulary` that the
+            adapter brings with more rows, which are left out of the copy.
+
+        Raises:
+            ValueError: The adapter acts outside the model.
+        """
+        config = PeftConfig.from_pretrained(path)
+        check_kind(config)
+        weights = load_peft_weights(path, device="cpu")
+        renamed = {key: self._renamed(key) for key in weights}
+        more = {
+            name: value
+            for key, value in weights.items()
+            if (name := renamed[key].removeprefix(_PREFIX)) in vocabulary and grown(vocabulary[name], value)
+        }
+        if not more and all(old == new for old, new in renamed.items()):
+            yield path, {}
+            return
+        with TemporaryDirectory() as folder:
+            kept = {new: weights[old] for old, new in renamed.items() if new.removeprefix(_PREFIX) not in more}
+            save_file({key: value.contiguous() for key, value in kept.items()}, Path(folder, SAFETENSORS_WEIGHTS_NAME))
+            if any(old != new for old, new in renamed.items()):
+                self._rename_targets(config, renamed)
+            saved = getattr(config, "modules_to_save", None)
+            if saved is not None:
+                tops = {name.rpartition(".")[0] for name in more}
+                config.modules_to_save = [
+                    one for one in saved if not any(f".{top}".endswith(f".{one}") for top in tops)
+                ] or None
+            config.save_pretrained(folder)
+            yield folder, more
+
+    def _renamed(self, key: str) -> str:
+        """A key of the weights under today's name; unchanged where it fits, or where no name for it is known."""
+        if not key.startswith(_PREFIX) or self._fits(key.removeprefix(_PREFIX)):
+            return key
+        name, _ = rename_source_key(key.removeprefix(_PREFIX), self._renamings, [])
+        return _PREFIX + name if self._fits(name) else key
+
+    def _fits(self, key: str) -> bool:
+        """Whether a key is of a module with parameters of its own, or of what stands in its place."""
+        return any(self._own.get(outer) for outer in _outer(key))
+
+    def _rename_targets(self, config: Any, renamed: Mapping[str, str]) -> None:
+        """Name the modules of a configuration by what was matched when it was saved: a pattern cannot be translated."""
+        names = {}
+        for old, new in renamed.items():
+            for before in _outer(old.removeprefix(_PREFIX)):
+                after = new.removeprefix(_PREFIX).removesuffix(old.removeprefix(_PREFIX).removeprefix(before))
+                if after in self._modules:
+                    names[before] = after
+        targets = getattr(config, "target_modules", None)
+        if targets is not None:
+            found = sorted(after for before, after in names.items() if check_target_module_exists(config, before))
+            for option in ("exclude_modules", "layers_to_transform", "layers_pattern"):
+                if hasattr(config, option):
+                    setattr(config, option, None)
+            config.target_modules = found or targets
+        if getattr(config, "modules_to_save", None):
+            config.modules_to_save = [names.get(one, one) for one in config.modules_to_save]
+        for option in ("rank_pattern", "alpha_pattern", "trainable_token_indices"):
+            if isinstance(given := getattr(config, option, None), dict):
+                setattr(config, option, {names.get(name, name): value for name, value in given.items()})
+
+
+def _outer(key: str) -> Iterator[str]:
+    """The names of the modules around a key, from the inside out."""
+    while key := key.rpartition(".")[0]:
+        yield key
+
+
+def check_kind(config: PeftConfig) -> None:
+    """Refuse what acts in PEFT's own forward, and not in modules of the model.
+
+    Raises:
+        ValueError: It does.
+    """
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    if config.is_prompt_learning:
+        raise ValueError(
+            f"{kind} puts virtual tokens before the prompt, which are at none of the positions that states are read "
+            "from; give an adapter of the model's layers, such as LoRA"
+        )
+    if getattr(config, "alora_invocation_tokens", None):
+        raise ValueError(
+            "activated LoRA acts only behind its invocation tokens, which PEFT looks for before it runs the model; "
+            "give an adapter of all positions"
+        )
+
+
+def attach(model: Any, peft: PeftModel | None, path: str, name: str) -> PeftModel:
+    """Attach an adapter, frozen and switched off.
+
+    Args:
+        model: The transformers model.
+        peft: What other adapters of it are in.
+        path: Folder or hub id.
+        name: What it is called.
+
+    Returns:
+        What it is in.
+
+    Raises:
+        ValueError: It was not loaded whole.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", _HANDLED)
+        if peft is None:
+            peft = PeftModel.from_pretrained(model, path, adapter_name=name)
+        else:
+            peft.load_adapter(path, name)
+    # Once more, for what PEFT tells of it only here.
+    result = peft.load_adapter(path, name)
+    if result.unexpected_keys:
+        raise ValueError(f"its layers are not this model's, e.g. {sorted(result.unexpected_keys)[0]}")
+    state = peft.state_dict()
+    loaded = {value.data_ptr() for key, value in state.items() if key not in set(result.missing_keys)}
+    if missing := sorted(key for key in result.missing_keys if state[key].data_ptr() not in loaded):
+        raise ValueError(f"it has no weights for layers that its configuration names, e.g. {missing[0]}")
+    switch(peft, None)
+    return peft
+
+
+def switch(peft: PeftModel, adapter: str | None, trained: bool = False) -> None:
+    """Let one adapter act, or none.
+
+    Args:
+        peft: What they are in.
+        adapter: Its name.
+        trained: Whether its weights take gradients.
+    """
+    layers: Any = peft.base_model
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", _HANDLED)
+        if adapter is None:
+            layers.disable_adapter_layers()
+            return
+        layers.enable_adapter_layers()
+        peft.set_adapter(adapter, inference_mode=not trained)
