@@ -132,8 +132,6 @@ class _Demo:
             return str(self.out / "data")
         if first != "checkpoints":
             return value
-        if rest[0] == "shapes-llava":
-            return str(PACKAGE / value)
         # Training and extraction are the run itself; the other workflows get a folder each.
         return str(self.out.joinpath(*rest[rest[0] in ("finetune", "monitor", "shift") :]))
 
@@ -156,7 +154,7 @@ class _Demo:
         """What visual tokens decode to, and which of them answers come from."""
         data = self.out / "data"
         mean_token(
-            str(PACKAGE / "checkpoints" / "shapes-llava"),
+            "embedded:shapes-llava",
             str(data / "train2014"),
             str(self.out / "visual_tokens" / "mean.safetensors"),
             annotations=str(data / "annotations" / "instances_train2014.json"),

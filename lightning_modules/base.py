@@ -16,9 +16,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 
 from ..datamodules.sample import Batch, Sample
-from ..records.paths import user_name
+from ..records.paths import located, user_name
 from .backbone import PromptEncoder, VisionLanguageModel
-from .backbone.destinations import DESTINATION
+from .backbone.destinations import DESTINATION, ORIGINAL
 from .backbone.identity import destination_hash, model_hashes
 from .backbone.loading import DTYPES, DeviceMap, Quantization
 from .backbone.prompts import IGNORED
@@ -42,6 +42,7 @@ class BackboneModule(L.LightningModule):
         device_map: `auto` lays the layers of one copy of the model on all GPUs, and in main memory what is left.
         trust_remote_code: Run the Python that the model's repository ships, with all your rights: it can read, change
             and send whatever you can. Only for code that you have read, at the commit that `revision` names.
+        allow_missing_weights: Take a model whose files lack tensors, which are random then.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class BackboneModule(L.LightningModule):
         quantization: Quantization | None = None,
         device_map: DeviceMap | None = None,
         trust_remote_code: bool = False,
+        allow_missing_weights: bool = False,
     ) -> None:
         super().__init__()
         if dtype not in DTYPES:
@@ -64,12 +66,16 @@ class BackboneModule(L.LightningModule):
         self.model_id = user_name(model_id)
         self.revision = revision
         self.adapter = None if adapter is None else user_name(adapter)
+        for name, option in ((self.model_id, "model_id"), (self.adapter, "adapter")):
+            if name is not None:
+                located(name, f"--model.init_args.{option}")
         self.dtype_name = dtype
         self.attention = attention
         self.max_new_tokens = max_new_tokens
         self.quantization = quantization
         self.device_map = device_map
         self.trust_remote_code = trust_remote_code
+        self.allow_missing_weights = allow_missing_weights
         self._backbone: VisionLanguageModel | None = None
         self._most_batches = 0
 
@@ -87,8 +93,9 @@ class BackboneModule(L.LightningModule):
 
     @cached_property
     def readout(self) -> Readout:
-        """How the model's states become words."""
-        return Readout.from_model(self.backbone)
+        """How the original's states become words: one way for all variants, so that only concepts differ."""
+        with self.backbone.running_as(ORIGINAL):
+            return Readout.from_model(self.backbone)
 
     def configure_model(self) -> None:
         """Load the model, on every process, once, and leave each with its pieces where the strategy shards.
@@ -169,9 +176,10 @@ class BackboneModule(L.LightningModule):
         speaks.
         """
         backbone = self._backbone
-        hashes = model_hashes(self.model_id, self.revision) if backbone is None else backbone.hashes
         if backbone is not None:
-            hashes = {**hashes, "weights_hash": backbone.weights_hash()}
+            hashes = {**backbone.hashes, "weights_hash": backbone.weights_hash()}
+        else:
+            hashes = {} if self.allow_missing_weights else model_hashes(self.model_id, self.revision)
         return {
             "model_id": self.model_id,
             "revision": self.revision,
@@ -227,14 +235,21 @@ class BackboneModule(L.LightningModule):
         return Batch([Sample("", Path(), ".", ".")], inputs).to(self.device)
 
     def load(self) -> VisionLanguageModel:
-        """Load the model as the arguments say."""
-        return VisionLanguageModel.load(
+        """Load the model as the arguments say, to where it will run."""
+        backbone = VisionLanguageModel.load(
             self.model_id,
             revision=self.revision,
-            adapter=self.adapter,
             dtype=self.dtype_name,
             attention=self.attention,
             quantization=self.quantization,
             device_map=self.device_map,
             trust_remote_code=self.trust_remote_code,
+            allow_missing_weights=self.allow_missing_weights,
         )
+        if self._trainer is not None and self.device_map is None and self.device_mesh is None:
+            # Now: what is attached to it is checked there, in a fraction of the time.
+            backbone.to(self._trainer.strategy.root_device)
+        if self.adapter is not None:
+            backbone.load_adapter(self.adapter)
+            backbone.speak_as(DESTINATION)
+        return backbone

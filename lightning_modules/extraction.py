@@ -51,6 +51,7 @@ class FeatureExtraction(VariantsModule):
         device_map: `auto` lays the layers of the model on all GPUs of this machine, in one process.
         trust_remote_code: Run the Python that the model's repository ships, with all your rights: it can read, change
             and send whatever you can. Only for code that you have read, at the commit that `revision` names.
+        allow_missing_weights: Take a model whose files lack tensors, which are random then.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class FeatureExtraction(VariantsModule):
         quantization: Quantization | None = None,
         device_map: DeviceMap | None = None,
         trust_remote_code: bool = False,
+        allow_missing_weights: bool = False,
     ) -> None:
         super().__init__(
             model_id,
@@ -80,6 +82,7 @@ class FeatureExtraction(VariantsModule):
             quantization,
             device_map,
             trust_remote_code,
+            allow_missing_weights,
         )
         if not sites or not selectors:
             raise ValueError("--model.init_args.sites and .selectors need at least one entry each")

@@ -65,6 +65,7 @@ class FineTuning(BackboneModule):
         device_map: `auto` lays the layers of the model on all GPUs of this machine, in one process.
         trust_remote_code: Run the Python that the model's repository ships, with all your rights: it can read, change
             and send whatever you can. Only for code that you have read, at the commit that `revision` names.
+        allow_missing_weights: Take a model whose files lack tensors, which are random then.
     """
 
     strict_loading = False
@@ -88,9 +89,19 @@ class FineTuning(BackboneModule):
         quantization: Quantization | None = None,
         device_map: DeviceMap | None = None,
         trust_remote_code: bool = False,
+        allow_missing_weights: bool = False,
     ) -> None:
         super().__init__(
-            model_id, revision, adapter, dtype, attention, max_new_tokens, quantization, device_map, trust_remote_code
+            model_id,
+            revision,
+            adapter,
+            dtype,
+            attention,
+            max_new_tokens,
+            quantization,
+            device_map,
+            trust_remote_code,
+            allow_missing_weights,
         )
         if lora is not None and adapter is not None:
             raise ValueError("give either --model.init_args.lora (train a new adapter) or .adapter (use one), not both")
@@ -218,7 +229,7 @@ class FineTuning(BackboneModule):
         """
         base, own = checkpoint.get(_BASE), self.backbone.weights_hash()
         # A model without files has other weights as soon as it is trained.
-        if base is not None and base["weights_hash"] != own and not self.random_weights:
+        if base is not None and base["weights_hash"] != own and not (self.random_weights or self.allow_missing_weights):
             raise ValueError(
                 f"--ckpt_path: of a training of {base['model_id']} (weights {base['weights_hash']}), not of "
                 f"{self.model_id} (weights {own}); resume with the model of the run that wrote it"

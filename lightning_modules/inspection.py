@@ -52,6 +52,7 @@ class Inspection(VariantsModule):
         device_map: `auto` lays the layers of the model on all GPUs of this machine, in one process.
         trust_remote_code: Run the Python that the model's repository ships, with all your rights: it can read, change
             and send whatever you can. Only for code that you have read, at the commit that `revision` names.
+        allow_missing_weights: Take a model whose files lack tensors, which are random then.
 
     Raises:
         ValueError: A destination cannot be loaded into the model, or is called as the steered original is; or a variant
@@ -71,6 +72,7 @@ class Inspection(VariantsModule):
         quantization: Quantization | None = None,
         device_map: DeviceMap | None = None,
         trust_remote_code: bool = False,
+        allow_missing_weights: bool = False,
     ) -> None:
         super().__init__(
             model_id,
@@ -83,6 +85,7 @@ class Inspection(VariantsModule):
             quantization,
             device_map,
             trust_remote_code,
+            allow_missing_weights,
             more_variants=[STEERED] if steering else [],
         )
         if steering and STEERED in self.destinations:

@@ -78,6 +78,7 @@ class SteeringSweep(BackboneModule):
         device_map: `auto` lays the layers of the model on all GPUs of this machine, in one process.
         trust_remote_code: Run the Python that the model's repository ships, with all your rights: it can read, change
             and send whatever you can. Only for code that you have read, at the commit that `revision` names.
+        allow_missing_weights: Take a model whose files lack tensors, which are random then.
     """
 
     def __init__(
@@ -99,9 +100,19 @@ class SteeringSweep(BackboneModule):
         quantization: Quantization | None = None,
         device_map: DeviceMap | None = None,
         trust_remote_code: bool = False,
+        allow_missing_weights: bool = False,
     ) -> None:
         super().__init__(
-            model_id, revision, adapter, dtype, attention, max_new_tokens, quantization, device_map, trust_remote_code
+            model_id,
+            revision,
+            adapter,
+            dtype,
+            attention,
+            max_new_tokens,
+            quantization,
+            device_map,
+            trust_remote_code,
+            allow_missing_weights,
         )
         given = {"vectors": vectors, "alphas": alphas, "positions": positions, "modes": modes}
         for option, values in given.items():

@@ -27,6 +27,7 @@ class VariantsModule(BackboneModule):
         quantization: Store the linear layers in `4bit` or `8bit`.
         device_map: `auto` lays the layers on all GPUs.
         trust_remote_code: Run the Python that the model's repository ships.
+        allow_missing_weights: Take a model whose files lack tensors.
         more_variants: Names of what else the module can run.
 
     Raises:
@@ -45,10 +46,20 @@ class VariantsModule(BackboneModule):
         quantization: Quantization | None,
         device_map: DeviceMap | None,
         trust_remote_code: bool,
+        allow_missing_weights: bool,
         more_variants: Sequence[str] = (),
     ) -> None:
         super().__init__(
-            model_id, revision, None, dtype, attention, max_new_tokens, quantization, device_map, trust_remote_code
+            model_id,
+            revision,
+            None,
+            dtype,
+            attention,
+            max_new_tokens,
+            quantization,
+            device_map,
+            trust_remote_code,
+            allow_missing_weights,
         )
         self.destinations = {} if destination is None else name_destinations(destination)
         for path in self.destinations.values():
@@ -74,6 +85,14 @@ class VariantsModule(BackboneModule):
         del described["adapter"], described["adapter_hash"]
         hashes = {name: self._hash_of(path, name) for name, path in self.destinations.items()}
         return {**described, "checkpoints": dict(self.destinations), "checkpoint_hashes": hashes}
+
+    def on_predict_start(self) -> None:
+        """Check the destinations before any data is run, too: each may have an unembedding of its own."""
+        super().on_predict_start()
+        for variant in self.variants:
+            if variant in self.destinations:
+                with self.backbone.running_as(variant):
+                    self.backbone.self_check()
 
     def load(self) -> VisionLanguageModel:
         """Load the original, and the destinations beside it."""

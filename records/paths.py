@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
+from difflib import get_close_matches
 from pathlib import Path
+
+_EMBEDDED = "embedded:"
+_SHIPPED = Path(__file__).resolve().parents[1] / "checkpoints"
+# Folders that configurations and the README name: never an owner on the hub, where anyone could be called so.
+_FOLDERS = ("checkpoints", "data", "configs", "runs", "outputs")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def user_path(given: str | os.PathLike[str]) -> Path:
@@ -15,6 +23,46 @@ def user_path(given: str | os.PathLike[str]) -> Path:
 def user_name(given: str) -> str:
     """What may be a path or something else, such as a name on the hub; `~/` is the home folder."""
     return os.path.expanduser(given) if given == "~" or given.startswith("~/") else given
+
+
+def located(given: str, option: str) -> str:
+    """Where a model or adapter is that is named by its folder, by its id on the hub, or as one that comes along.
+
+    Args:
+        given: Folder, `owner/name` on the hub, or `embedded:shapes-llava`, which is looked for nowhere else.
+        option: What named it, for the message.
+
+    Returns:
+        The folder, or the hub id.
+
+    Raises:
+        ValueError: Nothing is there, and it is no hub id; at once, whatever a hub would say.
+    """
+    if given.startswith(_EMBEDDED):
+        shipped = sorted(folder.name for folder in _SHIPPED.iterdir() if folder.joinpath("config.json").is_file())
+        if (name := given.removeprefix(_EMBEDDED)) not in shipped:
+            there = ", ".join(_EMBEDDED + one for one in shipped)
+            raise ValueError(f"{option} {given!r}: no such model comes along; there is {there}")
+        return str(_SHIPPED / name)
+    path = user_path(given)
+    if path.is_dir():
+        return str(path)
+    first = given.partition("/")[0]
+    if _HUB_ID.fullmatch(given) and first not in (*_FOLDERS, ".", "..") and not Path(first).exists():
+        return given
+    raise ValueError(
+        f"{option} {given!r}: no such folder{_alike(path)}; give a folder, owner/name on the hub, or "
+        f"{_EMBEDDED}shapes-llava"
+    )
+
+
+def _alike(path: Path) -> str:
+    """A folder that may have been meant."""
+    if not path.parent.is_dir():
+        return ""
+    there = [one.name for one in path.parent.iterdir() if one.is_dir()]
+    found = get_close_matches(path.name, there, 1)
+    return f" (is {str(path.with_name(found[0]))!r} meant?)" if found else ""
 
 
 def user_flag(given: str) -> str:

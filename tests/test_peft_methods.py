@@ -11,70 +11,68 @@ from typing import Any
 import pytest
 import torch
 from conceptshift.lightning_modules import VisionLanguageModel
-from peft import PeftModel, PeftType
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from conceptshift.tests.adapters import TEXT, by_peft, plain, write_adapter
+from peft import PeftType
 from PIL import Image
 from torch import Tensor
-from transformers import AutoModelForImageTextToText
 
-_TEXT = {"target_modules": r".*language_model.*\.(q_proj|v_proj)"}
 _VISION = {"target_modules": r".*vision_tower.*\.(q_proj|v_proj|fc1)", "r": 4}
 _PROMPTS = {"num_virtual_tokens": 4, "task_type": "CAUSAL_LM"}
 
 # What a method needs, where it is not modules and a rank.
 _OPTIONS: dict[str, dict[str, Any]] = {
-    "ADALORA": {**_TEXT, "init_r": 4, "target_r": 2, "total_step": 10},
-    "BOFT": {**_TEXT, "boft_block_size": 16},
-    "C3A": {**_TEXT, "block_size": 16},
+    "ADALORA": {**TEXT, "init_r": 4, "target_r": 2, "total_step": 10},
+    "BOFT": {**TEXT, "boft_block_size": 16},
+    "C3A": {**TEXT, "block_size": 16},
     "CARTRIDGE": _PROMPTS,
     "CPT": {
         "cpt_token_ids": [5, 6, 7, 8], "cpt_mask": [1] * 4, "cpt_tokens_type_mask": [1, 2, 3, 4],
         "task_type": "CAUSAL_LM",
     },
-    "FOURIERFT": {**_TEXT, "n_frequency": 50},
+    "FOURIERFT": {**TEXT, "n_frequency": 50},
     "IA3": {"target_modules": r".*language_model.*\.(k_proj|down_proj)", "feedforward_modules": r".*down_proj"},
     "LN_TUNING": {"target_modules": r".*language_model.*norm"},
     "MULTITASK_PROMPT_TUNING": {**_PROMPTS, "num_tasks": 1},
-    "OFT": {**_TEXT, "oft_block_size": 16, "r": 0},
-    "OSF": {**_TEXT, "effective_rank": 8},
+    "OFT": {**TEXT, "oft_block_size": 16, "r": 0},
+    "OSF": {**TEXT, "effective_rank": 8},
     "P_TUNING": {**_PROMPTS, "encoder_hidden_size": 16},
-    "POLY": {**_TEXT, "r": 4, "n_tasks": 2, "n_skills": 2},
+    "POLY": {**TEXT, "r": 4, "n_tasks": 2, "n_skills": 2},
     "PREFIX_TUNING": _PROMPTS,
     "PROMPT_TUNING": _PROMPTS,
     "TRAINABLE_TOKENS": {"token_indices": [5, 6, 29, 30], "target_modules": ["embed_tokens"]},
-    "VBLORA": {**_TEXT, "num_vectors": 16, "vector_length": 16},
-    "WAVEFT": {**_TEXT, "n_frequency": 50},
+    "VBLORA": {**TEXT, "num_vectors": 16, "vector_length": 16},
+    "WAVEFT": {**TEXT, "n_frequency": 50},
 }  # fmt: skip
 
 # Ways to use a method that write into the model, wrap modules of it, or act where others do not.
 _WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "bias": ("LORA", {**_VISION, "bias": "all"}),
     "bias of adapted layers": ("LORA", {**_VISION, "bias": "lora_only"}),
-    "bias, OFT": ("OFT", {**_TEXT, "oft_block_size": 16, "r": 0, "bias": "all"}),
-    "PiSSA": ("LORA", {**_TEXT, "r": 4, "init_lora_weights": "pissa"}),
-    "OLoRA": ("LORA", {**_TEXT, "r": 4, "init_lora_weights": "olora"}),
-    "KaSA": ("LORA", {**_TEXT, "r": 4, "kasa_config": {}}),
-    "MiCA": ("LORA", {**_TEXT, "r": 4, "init_lora_weights": "mica"}),
-    "DoRA": ("LORA", {**_TEXT, "r": 4, "use_dora": True}),
-    "VeLoRA": ("LORA", {**_TEXT, "r": 4, "velora_config": {}}),
-    "bias beside it": ("LORA", {**_TEXT, "r": 4, "lora_bias": True}),
-    "head": ("LORA", {**_TEXT, "r": 4, "modules_to_save": ["lm_head"]}),
+    "bias, OFT": ("OFT", {**TEXT, "oft_block_size": 16, "r": 0, "bias": "all"}),
+    "PiSSA": ("LORA", {**TEXT, "r": 4, "init_lora_weights": "pissa"}),
+    "OLoRA": ("LORA", {**TEXT, "r": 4, "init_lora_weights": "olora"}),
+    "KaSA": ("LORA", {**TEXT, "r": 4, "kasa_config": {}}),
+    "MiCA": ("LORA", {**TEXT, "r": 4, "init_lora_weights": "mica"}),
+    "DoRA": ("LORA", {**TEXT, "r": 4, "use_dora": True}),
+    "VeLoRA": ("LORA", {**TEXT, "r": 4, "velora_config": {}}),
+    "bias beside it": ("LORA", {**TEXT, "r": 4, "lora_bias": True}),
+    "head": ("LORA", {**TEXT, "r": 4, "modules_to_save": ["lm_head"]}),
     "head, adapted": ("LORA", {"r": 4, "target_modules": ["q_proj", "lm_head", "embed_tokens"]}),
-    "head and embeddings": ("LORA", {**_TEXT, "r": 4, "modules_to_save": ["lm_head", "embed_tokens"]}),
-    "projector": ("LORA", {**_TEXT, "r": 4, "modules_to_save": ["multi_modal_projector"]}),
-    "norms": ("LORA", {**_TEXT, "r": 4, "modules_to_save": ["norm"]}),
-    "tokens": ("LORA", {**_TEXT, "r": 4, "trainable_token_indices": [5, 6, 29, 30]}),
+    "head and embeddings": ("LORA", {**TEXT, "r": 4, "modules_to_save": ["lm_head", "embed_tokens"]}),
+    "projector": ("LORA", {**TEXT, "r": 4, "modules_to_save": ["multi_modal_projector"]}),
+    "norms": ("LORA", {**TEXT, "r": 4, "modules_to_save": ["norm"]}),
+    "tokens": ("LORA", {**TEXT, "r": 4, "trainable_token_indices": [5, 6, 29, 30]}),
     "vision": ("LORA", _VISION),
     "patches": ("LORA", {"target_modules": r".*patch_embedding", "r": 4}),
     "parameters": (
         "LORA", {"target_parameters": ["multi_modal_projector.linear_1.weight"], "target_modules": [], "r": 4},
     ),
-    "aLoRA": ("LORA", {**_TEXT, "r": 4, "alora_invocation_tokens": [40, 41], "task_type": "CAUSAL_LM"}),
+    "aLoRA": ("LORA", {**TEXT, "r": 4, "alora_invocation_tokens": [40, 41], "task_type": "CAUSAL_LM"}),
     "head, IA3": (
         "IA3",
         {"target_modules": r".*language_model.*k_proj", "feedforward_modules": [], "modules_to_save": ["lm_head"]},
     ),
-    "drawn anew": ("PVERA", {**_TEXT, "r": 8, "sample_at_inference": True}),
+    "drawn anew": ("PVERA", {**TEXT, "r": 8, "sample_at_inference": True}),
 }  # fmt: skip
 
 # What PEFT itself cannot make of a LLaVA: it needs other parts of a model, or other adapters.
@@ -91,37 +89,6 @@ _METHODS = {
     **{name: (name, _OPTIONS.get(name)) for name in (kind.value for kind in PeftType) if name not in _NOT_OF_A_LLAVA},
     **_WAYS,
 }
-
-
-def options_of(kind: str, options: dict[str, Any] | None) -> dict[str, Any]:
-    if options is not None:
-        return options
-    has_rank = "r" in PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)].__dataclass_fields__
-    return {**_TEXT, "r": 4} if has_rank else _TEXT
-
-
-def plain(tiny: Path) -> Any:
-    """The model as transformers alone loads it."""
-    return AutoModelForImageTextToText.from_pretrained(tiny, attn_implementation="sdpa").eval()
-
-
-def write_adapter(tiny: Path, folder: Path, kind: str, options: dict[str, Any] | None, seed: int = 3) -> Path:
-    """An adapter of any kind whose weights are those of a training: not zero, and unlike the original's."""
-    config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)](**options_of(kind, options))
-    generator = torch.Generator().manual_seed(seed)
-    model = PeftModel(plain(tiny), config)
-    with torch.no_grad():
-        for value in model.parameters():
-            if value.requires_grad and value.is_floating_point():
-                value.add_(0.1 * torch.randn(value.shape, generator=generator).to(value))
-    model.save_pretrained(str(folder))
-    return folder
-
-
-@torch.no_grad()
-def by_peft(tiny: Path, folder: Path, inputs: dict[str, Tensor]) -> Tensor:
-    logits: Tensor = PeftModel.from_pretrained(plain(tiny), folder).eval()(**inputs).logits
-    return logits
 
 
 @pytest.fixture(scope="module")

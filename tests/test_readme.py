@@ -73,7 +73,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[list[str
     """A fresh folder with what the repository has, in which the commands of the README have been run."""
     folder = tmp_path_factory.mktemp("readme")
     shutil.copytree(ROOT / "configs", folder / "configs")
-    shutil.copytree(ROOT / "checkpoints" / "shapes-llava", folder / "checkpoints" / "shapes-llava")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr("sys.argv", ["conceptshift"])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -48,8 +49,8 @@ class AdapterReader:
             vocabulary: Name → tensor of the model with a row for each token.
 
         Yields:
-            The folder or hub id itself, or a copy with today's names; and by their names those of `vocabulary` that the
-            adapter brings with more rows, which are left out of the copy.
+            The folder or hub id itself, or a copy with today's names; and those of `vocabulary` of which the adapter
+            has more rows, by their names.
 
         Raises:
             ValueError: The adapter acts outside the model.
@@ -58,25 +59,15 @@ class AdapterReader:
         check_kind(config)
         weights = load_peft_weights(path, device="cpu")
         renamed = {key: self._renamed(key) for key in weights}
-        more = {
-            name: value
-            for key, value in weights.items()
-            if (name := renamed[key].removeprefix(_PREFIX)) in vocabulary and grown(vocabulary[name], value)
-        }
-        if not more and all(old == new for old, new in renamed.items()):
-            yield path, {}
+        own = {key: name.removeprefix(_PREFIX).replace(".base_layer.", ".") for key, name in renamed.items()}
+        more = {own[key]: value for key, value in weights.items() if grown(vocabulary.get(own[key]), value)}
+        if all(old == new for old, new in renamed.items()):
+            yield path, more
             return
         with TemporaryDirectory() as folder:
-            kept = {new: weights[old] for old, new in renamed.items() if new.removeprefix(_PREFIX) not in more}
-            save_file({key: value.contiguous() for key, value in kept.items()}, Path(folder, SAFETENSORS_WEIGHTS_NAME))
-            if any(old != new for old, new in renamed.items()):
-                self._rename_targets(config, renamed)
-            saved = getattr(config, "modules_to_save", None)
-            if saved is not None:
-                tops = {name.rpartition(".")[0] for name in more}
-                config.modules_to_save = [
-                    one for one in saved if not any(f".{top}".endswith(f".{one}") for top in tops)
-                ] or None
+            kept = {renamed[key]: value.contiguous() for key, value in weights.items()}
+            save_file(kept, Path(folder, SAFETENSORS_WEIGHTS_NAME))
+            self._rename_targets(config, renamed)
             config.save_pretrained(folder)
             yield folder, more
 
@@ -99,13 +90,18 @@ class AdapterReader:
                 after = new.removeprefix(_PREFIX).removesuffix(old.removeprefix(_PREFIX).removeprefix(before))
                 if after in self._modules:
                     names[before] = after
-        targets = getattr(config, "target_modules", None)
-        if targets is not None:
-            found = sorted(after for before, after in names.items() if check_target_module_exists(config, before))
+        if getattr(config, "feedforward_modules", None):
+            config.feedforward_modules = {
+                after for before, after in names.items() if _matches(config.feedforward_modules, before)
+            }
+        if getattr(config, "target_modules", None):
+            # An empty match stays as it was, for PEFT to say so.
+            config.target_modules = {
+                after for before, after in names.items() if check_target_module_exists(config, before)
+            } or config.target_modules
             for option in ("exclude_modules", "layers_to_transform", "layers_pattern"):
                 if hasattr(config, option):
                     setattr(config, option, None)
-            config.target_modules = found or targets
         if getattr(config, "modules_to_save", None):
             config.modules_to_save = [names.get(one, one) for one in config.modules_to_save]
         for option in ("rank_pattern", "alpha_pattern", "trainable_token_indices"):
@@ -117,6 +113,13 @@ def _outer(key: str) -> Iterator[str]:
     """The names of the modules around a key, from the inside out."""
     while key := key.rpartition(".")[0]:
         yield key
+
+
+def _matches(pattern: str | Collection[str], name: str) -> bool:
+    """Whether an option of PEFT means a module: by a pattern, or by the end of its name."""
+    if isinstance(pattern, str):
+        return re.fullmatch(pattern, name) is not None
+    return any(f".{name}".endswith(f".{one}") for one in pattern)
 
 
 def check_kind(config: PeftConfig) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from ...records.paths import user_name
+from ...records.paths import located, user_name
 from .identity import base_note
 
 ORIGINAL, DESTINATION = "original", "destination"
@@ -103,20 +103,18 @@ def check_checkpoint(path: str) -> None:
     Raises:
         ValueError: It is neither an adapter nor a model, or both.
     """
-    folder = Path(path)
-    if path.count("/") == 1 and not path.startswith((".", "/", "~")) and not folder.parent.exists():
+    folder = Path(located(path, "--model.init_args.destination"))
+    if not folder.is_dir():
         return  # a hub id, which only loading can check
-    adapter = is_adapter(path) and any(folder.glob("adapter_model.*"))
+    adapter = is_adapter(str(folder)) and any(folder.glob("adapter_model.*"))
     weights = {file.name for file in folder.glob("*.safetensors*") if not file.name.startswith("adapter_model.")}
     model = (folder / "config.json").is_file() and bool(weights)
     if adapter != model:
         return
     if model:
         state = "both a PEFT adapter and a model; remove the one that is not meant"
-    elif folder.exists():
-        state = "neither a PEFT adapter nor a model, or not whole; give what ModelExport wrote"
     else:
-        state = "no such folder; give what ModelExport wrote"
+        state = "neither a PEFT adapter nor a model, or not whole; give what ModelExport wrote"
     raise ValueError(f"--model.init_args.destination {path!r}: {state}")
 
 

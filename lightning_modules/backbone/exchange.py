@@ -199,9 +199,9 @@ class Original:
         return changed
 
 
-def grown(own: Tensor, value: Tensor) -> bool:
+def grown(own: Tensor | None, value: Tensor) -> bool:
     """Whether a tensor has more rows than the original's, and is as wide."""
-    return value.shape[1:] == own.shape[1:] and len(value) > len(own)
+    return own is not None and value.shape[1:] == own.shape[1:] and len(value) > len(own)
 
 
 def checksum(tensor: Tensor) -> int:

@@ -12,7 +12,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
 from ...records.hashes import file_hashes, files_hash, value_hash
-from ...records.paths import user_path
+from ...records.paths import located
 
 BASE_NOTE = "base_model.json"
 """Beside an adapter or model: which one it was trained from, and by what."""
@@ -41,8 +41,7 @@ def local_folder(source: str, revision: str | None, file: str = "config.json") -
         revision: Commit or tag on the hub.
         file: A file that it has.
     """
-    folder = user_path(source)
-    if folder.is_dir():
+    if (folder := _folder(source)) is not None:
         return folder
     try:
         found = try_to_load_from_cache(source, file, revision=revision)
@@ -68,7 +67,7 @@ def model_hashes(source: str, revision: str | None) -> dict[str, str]:
     if folder is None or not weights:
         return {}
     weights_hash = f"{OF_FILES}:{files_hash(weights)}"
-    if user_path(source).is_dir():
+    if _folder(source) is not None:
         hashes = {"weights_hash": weights_hash, "settings_hash": files_hash(_settings(folder))}
         base = base_note(folder).get("weights_hash")
         return hashes if base is None else {**hashes, "base_weights_hash": base}
@@ -120,6 +119,14 @@ def model_destination_hash(hashes: Mapping[str, str]) -> str | None:
     """
     known = [hashes.get(name) for name in ("weights_hash", "settings_hash")]
     return None if None in known else value_hash(known)
+
+
+def _folder(source: str) -> Path | None:
+    try:
+        folder = Path(located(source, "model"))
+    except ValueError:
+        return None
+    return folder if folder.is_dir() else None
 
 
 def _weights(folder: Path) -> dict[str, Path]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig
 
 from ...concepts._optional import require
+from ...records.paths import located
 from . import molmo  # noqa: F401 - makes Molmo known to transformers
 from .processors import load_processor
 
@@ -49,11 +50,12 @@ def load_pretrained(
         ValueError: Nothing can be loaded from `model_id`, or not with these options.
     """
     source = {"revision": revision, "trust_remote_code": trust_remote_code}
-    check_remote_code(model_id, revision, trust_remote_code)
+    place = located(model_id, "model_id")
+    check_remote_code(place, revision, trust_remote_code)
     with reading(model_id):
-        processor = load_processor(model_id, **source)
+        processor = load_processor(place, **source)
         if random_weights:
-            config = AutoConfig.from_pretrained(model_id, **source)
+            config = AutoConfig.from_pretrained(place, **source)
             model = AutoModelForImageTextToText.from_config(
                 config, attn_implementation=attention, trust_remote_code=trust_remote_code
             )
@@ -86,9 +88,10 @@ def load_model(
     Raises:
         ValueError: Nothing can be loaded from `model_id`, or not all of it.
     """
+    place = located(model_id, "model_id")
     with reading(model_id):
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            model_id, dtype=dtype, attn_implementation=attention, output_loading_info=True, **options
+            place, dtype=dtype, attn_implementation=attention, output_loading_info=True, **options
         )
         model, told = loaded
         missing = sorted(told["missing_keys"])
@@ -110,10 +113,11 @@ def load_skeleton(
         ValueError: Nothing can be loaded from `model_id`.
     """
     source = {"revision": revision, "trust_remote_code": trust_remote_code}
-    check_remote_code(model_id, revision, trust_remote_code)
+    place = located(model_id, "model_id")
+    check_remote_code(place, revision, trust_remote_code)
     with reading(model_id):
-        processor = load_processor(model_id, **source)
-        config = AutoConfig.from_pretrained(model_id, **source)
+        processor = load_processor(place, **source)
+        config = AutoConfig.from_pretrained(place, **source)
         saved = config.dtype or torch.float32
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(

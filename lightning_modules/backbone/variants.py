@@ -7,6 +7,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoConfig
 
 from ...records.hashes import value_hash
-from ...records.paths import user_name
+from ...records.paths import located
 from .adapters import AdapterReader, attach, switch
 from .destinations import DESTINATION, ORIGINAL, TRAINED, is_adapter
 from .exchange import Exchange, Original
@@ -28,6 +29,9 @@ from .parts import lora_targets
 from .sharding import gathered, shard_model
 from .structure import Structure
 from .whole_models import grown_tokenizer, whole_model
+
+# How PEFT and a model say that an adapter, or settings, are not for this one.
+_UNFIT = (OSError, SafetensorError, RuntimeError, ValueError, LookupError, AttributeError, TypeError)
 
 
 class Variants(nn.Module, ABC):
@@ -109,7 +113,7 @@ class Variants(nn.Module, ABC):
         Raises:
             ValueError: It is missing, or was made for a model of another structure.
         """
-        path = user_name(path)
+        path = located(path, "destination")
         if is_adapter(path) or not _is_model(path):
             self.load_adapter(path, name)
             return
@@ -130,31 +134,42 @@ class Variants(nn.Module, ABC):
         Raises:
             ValueError: It is missing, was made for a model of another structure, or does not act in the model's layers.
         """
-        adapter = user_name(adapter)
+        adapter = located(adapter, "adapter")
         self._keep_hash()
         with self.running_as(ORIGINAL):
             try:
                 self._check_base(adapter)
-                tensors = self._attach(adapter, name)
-            except (OSError, SafetensorError, RuntimeError, ValueError, KeyError, AttributeError, TypeError) as error:
+                exchange = self._attach(adapter, name)
+            except _UNFIT as error:
                 self._detach(name)
                 state = "does not fit" if Path(adapter).exists() else "is no folder here, nor a hub id that fits"
                 raise ValueError(
                     f"adapter {adapter!r} {state} {self.source!r} ({reason_of(error)}); give a PEFT folder made from "
                     "this model"
                 ) from error
-        self._add(adapter, name, Exchange(tensors))
+        self._add(adapter, name, exchange)
 
-    def _attach(self, adapter: str, name: str) -> dict[str, Tensor]:
-        """Attach an adapter; gives what it has of the original's own tensors otherwise."""
-        peft = self._peft[0] if self._peft else None
-        tensors = self._original.tensors()
-        with (
-            self._read_adapter.read(adapter, {name: tensors[name] for name in self._vocabulary}) as (folder, more),
-            self._original.guarded() as written,
-        ):
-            self._peft = [attach(self.model, peft, folder, name)]
-        return {name: value.cpu() for name, value in {**written, **more}.items()}
+    def _attach(self, adapter: str, name: str) -> Exchange:
+        """Attach an adapter; gives what it has otherwise of the original's own."""
+        peft, tensors = self._peft[0] if self._peft else None, self._original.tensors()
+        vocabulary = {name: tensors[name] for name in self._vocabulary}
+        with self._read_adapter.read(adapter, vocabulary) as (folder, more):
+            # PEFT makes its layers as large as those that they are for.
+            sizes = {
+                (outer, key): len(value)
+                for name, value in more.items()
+                for outer, module in self._original.modules.items()
+                for key in ("out_features", "num_embeddings")
+                if key in vars(module) and module.weight is tensors[name]
+            }
+            exchange = Exchange(more, dict(sizes))
+            kept = self._original.put(exchange)
+            try:
+                with self._original.guarded() as written:
+                    self._peft = [attach(self.model, peft, folder, name)]
+            finally:
+                self._original.put(kept)
+        return replace(exchange, tensors={key: value.cpu() for key, value in {**more, **written}.items()})
 
     def _detach(self, name: str) -> None:
         """Remove what is left of an adapter that could not be attached."""
@@ -174,7 +189,7 @@ class Variants(nn.Module, ABC):
             return
         try:
             said = self._said(name)
-        except (RuntimeError, ValueError, IndexError, TypeError, KeyError) as error:
+        except _UNFIT as error:
             raise ValueError(
                 f"destination {path!r}: cannot answer as {self.source!r} is asked ({reason_of(error)})"
             ) from error
