@@ -21,6 +21,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from .. import callbacks, datamodules, lightning_modules  # noqa: F401
 from ..callbacks.parts.run_description import left_out
 from ..callbacks.parts.run_writer import RunWriter, run_folder, trial_place
+from ..lightning_modules import BackboneModule
 from ..records.files import write_whole
 from ..records.paths import check_writable, user_path
 from .config_files import as_argument, merge_configs
@@ -96,6 +97,8 @@ class ConceptShiftCLI(LightningCLI):
         return self._instantiate_trainer({**config, **kwargs, "callbacks": together}, [])
 
     def _run_subcommand(self, subcommand: str) -> None:
+        if isinstance(self.model, BackboneModule):
+            self.model.check_places()
         if self._get(self.config_init, "preflight"):
             preflight(subcommand, self.model, self.datamodule, self.trainer)
         else:

@@ -66,9 +66,6 @@ class BackboneModule(L.LightningModule):
         self.model_id = user_name(model_id)
         self.revision = revision
         self.adapter = None if adapter is None else user_name(adapter)
-        for name, option in ((self.model_id, "model_id"), (self.adapter, "adapter")):
-            if name is not None:
-                located(name, f"--model.init_args.{option}")
         self.dtype_name = dtype
         self.attention = attention
         self.max_new_tokens = max_new_tokens
@@ -96,6 +93,16 @@ class BackboneModule(L.LightningModule):
         """How the original's states become words: one way for all variants, so that only concepts differ."""
         with self.backbone.running_as(ORIGINAL):
             return Readout.from_model(self.backbone)
+
+    def check_places(self) -> None:
+        """Make sure that what the arguments name can be there, before anything is read or asked of a hub.
+
+        Raises:
+            ValueError: A folder is missing.
+        """
+        located(self.model_id, "--model.init_args.model_id")
+        if self.adapter is not None:
+            located(self.adapter, "--model.init_args.adapter")
 
     def configure_model(self) -> None:
         """Load the model, on every process, once, and leave each with its pieces where the strategy shards.
@@ -136,6 +143,9 @@ class BackboneModule(L.LightningModule):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
         """Move or convert the module; a model that `device_map` has laid out stays where it is."""
         return super()._apply(fn, recurse=recurse and self.device_map is None)  # type: ignore[no-untyped-call]
+
+    def _root_device(self) -> torch.device | None:
+        return None if self._trainer is None else self._trainer.strategy.root_device
 
     def check_lengths(self, batch: Batch) -> None:
         """Refuse what the model cannot read whole. Nothing is ever cut off: that could be visual tokens.
@@ -245,10 +255,9 @@ class BackboneModule(L.LightningModule):
             device_map=self.device_map,
             trust_remote_code=self.trust_remote_code,
             allow_missing_weights=self.allow_missing_weights,
+            # What is attached to it is checked where it will run, in a fraction of the time.
+            device=None if self.device_map or self.device_mesh else self._root_device(),
         )
-        if self._trainer is not None and self.device_map is None and self.device_mesh is None:
-            # Now: what is attached to it is checked there, in a fraction of the time.
-            backbone.to(self._trainer.strategy.root_device)
         if self.adapter is not None:
             backbone.load_adapter(self.adapter)
             backbone.speak_as(DESTINATION)

@@ -45,7 +45,7 @@ def located(given: str, option: str) -> str:
             raise ValueError(f"{option} {given!r}: no such model comes along; there is {there}")
         return str(_SHIPPED / name)
     path = user_path(given)
-    if path.is_dir():
+    if given and path.is_dir():
         return str(path)
     first = given.partition("/")[0]
     if _HUB_ID.fullmatch(given) and first not in (*_FOLDERS, ".", "..") and not Path(first).exists():

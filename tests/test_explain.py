@@ -113,7 +113,7 @@ def test_a_dictionary_of_the_destination(cli: Run, fitted: Run, adapter: Path, t
     torch.testing.assert_close(torch.tensor(numbers["activations"]), expected, atol=1e-3, rtol=1e-3)
     assert numbers["answer"] == answer
     moved = adapter.rename(tmp_path / "moved")
-    assert "is no folder here" in cli("explain", *options).error
+    assert "no such folder; give a folder" in cli("explain", *options).error
     assert cli("explain", *options, "--destination", moved).status == 0
 
 
@@ -238,7 +238,7 @@ def test_another_model(cli: Run, fitted: Run, make_model: Run, tmp_path: Path) -
     error = cli(*options, "--model", other).error
     assert f") than those in '{other}' (files:" in error
     assert "--model" in error
-    assert "no image-text-to-text model" in cli(*options, "--model", tmp_path / "none").error
+    assert "no such folder; give a folder" in cli(*options, "--model", tmp_path / "none").error
     assert "leave --destination out" in cli(*options, "--destination", tmp_path / "none").error
     assert "--concepts must be at least 1, got 0" in cli(*options, "--concepts", 0).error
 

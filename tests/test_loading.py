@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from conceptshift.tests.families.dynamic import ODD
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
 Run = Callable[..., Any]
 PACKED = {"4bit": torch.uint8, "8bit": torch.int8}
@@ -174,6 +176,95 @@ def test_bfloat16_from_training_to_steering(
     SteeringVectors({"lm.block.1": vector}, {}, {}).save(tmp_path / "s.safetensors")
     steered = ("--trainer.callbacks+=Steerer", f'--trainer.callbacks.vectors=[{{"file": "{tmp_path}/s.safetensors"}}]')
     assert validate(half, "--data.limit=2", *steered).status == 0
+
+
+# --- files that lack something, and files that are packed -------------------------------------------------
+
+
+def without(model: Path, folder: Path, *endings: str) -> Path:
+    """A copy of a model whose weights lack some tensors."""
+    shutil.copytree(model, folder)
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: value for name, value in weights.items() if not name.endswith(endings)}
+    assert len(kept) < len(weights)
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("ending", ["lm_head.weight", "embed_tokens.weight", "1.mlp.up_proj.weight", "linear_2.bias"])
+def test_a_tensor_that_lacks_is_not_made_up(ending: str, tiny: Path, tmp_path: Path, predict: Run) -> None:
+    folder = without(tiny, tmp_path / "less", ending)
+    with pytest.raises(ValueError, match=rf"its files have no [\w.]*{ending}, which would be random"):
+        VisionLanguageModel.load(str(folder))
+    error = predict(tmp_path / "store", model=folder).error
+    assert "--model.init_args.allow_missing_weights true" in error
+    with pytest.raises(ValueError, match=rf"destination .* its files have no [\w.]*{ending}|its files have no"):
+        VisionLanguageModel.load(str(tiny)).add_destination(str(folder))
+    assert not (tmp_path / "store").exists()
+
+
+def test_several_tensors_that_lack_are_counted(tiny: Path, tmp_path: Path) -> None:
+    folder = without(tiny, tmp_path / "less", "up_proj.weight")
+    with pytest.raises(ValueError, match=r"up_proj\.weight and 2 others, which would be random"):
+        VisionLanguageModel.load(str(folder))
+
+
+def test_who_means_it_gets_random_tensors_and_another_hash(tiny: Path, tmp_path: Path, predict: Run) -> None:
+    """The files do not tell what the model is, so its tensors do."""
+    folder = without(tiny, tmp_path / "less", "lm_head.weight")
+    done = predict(tmp_path / "store", "--model.allow_missing_weights=true", "--data.limit=2", model=folder)
+    assert done.status == 0, done.err
+    assert FeatureStore(tmp_path / "store").metadata["weights_hash"].startswith("tensors:")
+
+
+def packed_as(model: Path, folder: Path, **config: Any) -> Path:
+    shutil.copytree(model, folder)
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**content, "quantization_config": config}))
+    return folder
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq", "compressed-tensors", "aqlm", "hqq", "bitnet"])
+def test_weights_that_cannot_be_unpacked_here_are_refused_by_method(
+    method: str, tiny: Path, tmp_path: Path, predict: Run
+) -> None:
+    """With the package that they need this may run; without it, it is said which."""
+    folder = packed_as(tiny, tmp_path / "packed", quant_method=method, bits=4, group_size=32)
+    error = predict(tmp_path / "store", model=folder).error
+    assert method.replace("-", "").lower() in error.replace("-", "").lower(), error
+    assert not (tmp_path / "store").exists()
+
+
+def test_packed_weights_that_do_not_run(make_model: Run, predict: Run, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    if torch.cuda.is_available():
+        pytest.skip("the kernels of a GPU take rows of any width")
+    error = predict(tmp_path / "store", "--model.quantization=4bit", model=make_model(text_width=96)).error
+    assert re.search(
+        r"quantised \(bitsandbytes\) in a way that does not run on cpu \(.* is 96 wide, no multiple", error
+    )
+
+
+def test_a_packed_unembedding_is_refused(tiny: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["nothing"])
+    model: Any = AutoModelForImageTextToText.from_pretrained(tiny, quantization_config=config)
+    model.save_pretrained(tmp_path / "packed")
+    VisionLanguageModel.load(str(tiny)).processor.save_pretrained(tmp_path / "packed")
+    with pytest.raises(ValueError, match="its unembedding is quantised"):
+        VisionLanguageModel.load(str(tmp_path / "packed"))
+
+
+def test_a_model_that_was_saved_packed_is_the_packed_one(
+    tiny: Path, tmp_path: Path, pictures: list[Image.Image], bits: Any
+) -> None:
+    packed = VisionLanguageModel.load(str(tiny), quantization=bits)
+    packed.save(tmp_path / "packed")
+    again = VisionLanguageModel.load(str(tmp_path / "packed"))
+    inputs = packed.encode(pictures[:2], ["What?", "Where?"], ["a", "b"])
+    assert torch.equal(again.logits(inputs), packed.logits(inputs))
+    with pytest.raises(ValueError, match="an original that is quantised; give an adapter"):
+        again.add_destination(str(tiny))
 
 
 # --- a repository's own code ------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig
 
@@ -90,9 +89,15 @@ def load_model(
     """
     place = located(model_id, "model_id")
     with reading(model_id):
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            place, dtype=dtype, attn_implementation=attention, output_loading_info=True, **options
-        )
+        try:
+            loaded: Any = AutoModelForImageTextToText.from_pretrained(
+                place, dtype=dtype, attn_implementation=attention, output_loading_info=True, **options
+            )
+        except Exception as error:  # libraries that unpack weights raise all kinds
+            same = {name: options[name] for name in ("revision", "trust_remote_code") if name in options}
+            if (method := quantization_of(AutoConfig.from_pretrained(place, **same))) is None:
+                raise
+            raise ValueError(f"its weights are quantised by {method}: {reason_of(error)}") from error
         model, told = loaded
         missing = sorted(told["missing_keys"])
         if missing and not allow_missing_weights:
@@ -138,7 +143,7 @@ def reading(model_id: str) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, SafetensorError, KeyError, ValueError, ImportError) as error:
+    except Exception as error:  # libraries that unpack weights raise all kinds
         if str(error).startswith(f"model_id {model_id!r}"):
             raise
         if "trust_remote_code" in str(error):
@@ -189,6 +194,13 @@ def quantization_config(quantization: Quantization) -> BitsAndBytesConfig:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
+
+
+def quantization_of(model: Any) -> str | None:
+    """By which method the weights of a model, or of one that a configuration is of, are quantised, if they are."""
+    config = getattr(getattr(model, "config", model), "quantization_config", None)
+    method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
+    return None if config is None else str(getattr(method, "value", method))
 
 
 def tensor_hash(tensors: Mapping[str, Tensor]) -> str:

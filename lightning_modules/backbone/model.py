@@ -19,7 +19,7 @@ from .generation import Generation, Prefilled
 from .identity import model_hashes
 from .interventions import Applied, RunningPass, Steering, intervening
 from .knockout import AttentionKnockout, knocking_out
-from .loading import DeviceMap, Quantization, load_pretrained
+from .loading import DeviceMap, Quantization, load_pretrained, quantization_of, reason_of
 from .logit_lens import LensQuery, LensReader
 from .patch_finder import PatchFinder
 from .patch_grid import PatchGrid
@@ -69,6 +69,7 @@ class VisionLanguageModel(Variants):
         device_map: DeviceMap | None = None,
         trust_remote_code: bool = False,
         allow_missing_weights: bool = False,
+        device: torch.device | str | None = None,
     ) -> VisionLanguageModel:
         """Load a model from a folder or the hub.
 
@@ -85,6 +86,7 @@ class VisionLanguageModel(Variants):
             trust_remote_code: Run the Python that the model's repository ships, with all your rights. Only for code
                 that you have read, at the commit that `revision` names.
             allow_missing_weights: Accept that its files lack tensors, which are random then.
+            device: Where to put it; by default it stays where transformers puts it.
 
         Raises:
             ValueError: Nothing can be loaded from `model_id` in this way, or `adapter` belongs to another model.
@@ -104,6 +106,9 @@ class VisionLanguageModel(Variants):
         # What is not all in files is known by its tensors.
         whole = not (random_weights or allow_missing_weights)
         wrapper = cls(model, processor, model_id, model_hashes(model_id, revision) if whole else {})
+        if device is not None:
+            wrapper.to(device)
+        wrapper.settle()
         if adapter is not None:
             wrapper.load_adapter(adapter)
             wrapper.speak_as(DESTINATION)
@@ -139,6 +144,30 @@ class VisionLanguageModel(Variants):
                     ways, key=lambda way: _difference(Unembedding(self.structure.head, way)(state), logits)
                 )
         return self._scales_of[self.variant]
+
+    def settle(self) -> None:
+        """Run a quantised model once: what unpacks weights in its first pass does so now, and what cannot run is told.
+
+        Raises:
+            ValueError: It cannot run here.
+        """
+        if getattr(self.model.config, "quantization_config", None) is None:
+            return
+        try:
+            self.ask()
+        except Exception as error:  # each library has its own
+            raise ValueError(
+                f"{self.source}: its weights are quantised ({quantization_of(self.model)}) in a way that does not run "
+                f"on {self.model.device} ({reason_of(error)}{_narrow(self.model)}); run it on a GPU, or take the model "
+                "in full precision"
+            ) from error
+        weight = self.structure.head.weight
+        if not weight.is_floating_point() or weight.ndim != 2:
+            raise ValueError(
+                f"{self.source}: its unembedding is quantised ({quantization_of(self.model)}), so that no concept and "
+                "no layer could be read in words; take a model that leaves it in full precision, as most do"
+            )
+        self.learn_structure()
 
     def ask(self) -> Tensor:
         """Logits of a small prompt with a picture, as the variant that speaks."""
@@ -480,6 +509,14 @@ class VisionLanguageModel(Variants):
         if ends is None:
             ends = self.tokenizer.eos_token_id
         return set(ends) if isinstance(ends, list) else {ends}
+
+
+def _narrow(model: nn.Module) -> str:
+    """What is known to hinder 4 bits: blocks of 64 weights that do not end where rows do."""
+    for name, module in model.named_modules():
+        if type(module).__name__ == "Linear4bit" and module.in_features % 64:
+            return f"; {name} is {module.in_features} wide, no multiple of the 64 weights of a block"
+    return ""
 
 
 def _tolerance(logits: Tensor) -> float:

@@ -24,7 +24,7 @@ from .adapters import AdapterReader, attach, switch
 from .destinations import DESTINATION, ORIGINAL, TRAINED, is_adapter
 from .exchange import Exchange, Original
 from .identity import BASE_NOTE, OF_TENSORS, adapter_settings, base_note, destination_hash
-from .loading import reason_of, tensor_hash
+from .loading import quantization_of, reason_of, tensor_hash
 from .parts import lora_targets
 from .sharding import gathered, shard_model
 from .structure import Structure
@@ -52,7 +52,7 @@ class Variants(nn.Module, ABC):
         self.structure = Structure(model)
         self.variant = ORIGINAL
         """Which of them speaks; `running_as` changes it for a while."""
-        self._original = Original(model)
+        self.learn_structure()
         self._read_adapter = AdapterReader(model)
         # Those of the original's tensors that have a row for each token, and may have more of them in a destination.
         ends = [model.get_input_embeddings(), model.get_output_embeddings()]
@@ -71,6 +71,10 @@ class Variants(nn.Module, ABC):
         # Of the original, whatever is attached to it later; and of each destination.
         self.hashes = dict(hashes or {})
         self._destination_hashes: dict[str, str] = {}
+
+    def learn_structure(self) -> None:
+        """Note where the original's modules and tensors are, while nothing is attached to it."""
+        self._original = Original(self.model)
 
     @abstractmethod
     def ask(self) -> Tensor:
@@ -303,8 +307,9 @@ class Variants(nn.Module, ABC):
     @property
     def _precision(self) -> str:
         packed = getattr(self.model.config, "quantization_config", None)
-        bits = "" if packed is None else " 4bit" if getattr(packed, "load_in_4bit", False) else " 8bit"
-        return f"{self.model.dtype}{bits}"
+        bits = [bits for bits in ("4bit", "8bit") if getattr(packed, f"load_in_{bits}", False)]
+        method = bits[0] if bits else quantization_of(self.model)
+        return str(self.model.dtype) if method is None else f"{self.model.dtype} {method}"
 
     def destination_hash(self, variant: str) -> str | None:
         """SHA-256 of a destination, all of its weights and settings; nothing where there is no such destination.
@@ -338,14 +343,15 @@ class Variants(nn.Module, ABC):
         Raises:
             ValueError: A destination is a whole model, of which there are no pieces.
         """
-        if odd := [name for name, exchange in self._exchanges.items() if exchange]:
+        adapters = list(self._peft[0].peft_config) if self._peft else []
+        if odd := [name for name, exchange in self._exchanges.items() if exchange or name not in adapters]:
+            kind = "an adapter that writes into the original" if odd[0] in adapters else "a whole model"
             raise ValueError(
-                f"destination {odd[0]!r} is a whole model, or an adapter that writes into one, which cannot be "
-                "exchanged in pieces; use --trainer.strategy ddp, or give a plain LoRA adapter"
+                f"destination {odd[0]!r} is {kind}, which cannot be exchanged in pieces; use --trainer.strategy ddp, "
+                "or give a plain LoRA adapter"
             )
         self._keep_hash()
         # No process can compute them alone later.
-        adapters = list(self._peft[0].peft_config) if self._peft else []
         self._destination_hashes |= {name: found for name in adapters if (found := self.destination_hash(name))}
         self.is_sharded = True
         shard_model(self.structure, mesh, trained)
