@@ -12,7 +12,7 @@ from typing import Any
 from uuid import uuid4
 
 from ..records.files import write_whole
-from ..records.paths import user_path
+from ..records.paths import located, user_path
 from .columns import ColumnsDataModule
 from .images import image_path
 from .row import Row
@@ -241,6 +241,7 @@ class HubDataModule(ColumnsDataModule):
         # As it is given, a folder called "json" would be taken for the format.
         path = self.path if self.folder is None else str(self.folder.absolute())
         try:
+            located(path, "folder", owned=False)
             builder = datasets.load_dataset_builder(path, self.name, revision=self.revision)
             if self.streaming or self.folder is not None or self.limit is not None:
                 return builder, builder.as_streaming_dataset()

@@ -14,6 +14,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
+from ..records.paths import located
+
 
 class BertScorer:
     """Scores texts against references by the last hidden states of an encoder such as BERT or RoBERTa.
@@ -31,10 +33,11 @@ class BertScorer:
 
     def __init__(self, model: str, device: torch.device | str = "cpu", batch_size: int = 64) -> None:
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(model)
-            self._model: Any = AutoModel.from_pretrained(model, dtype=torch.float32).to(device).eval()
+            place = located(model, "folder", owned=False)
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(place)
+            self._model: Any = AutoModel.from_pretrained(place, dtype=torch.float32).to(device).eval()
         except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise _no_bert(model, str(error).strip().splitlines()[0]) from error
+            raise _no_bert(model, " ".join(str(error).split())) from error
         positions = getattr(self._model.config, "max_position_embeddings", None)
         if positions is None:
             raise _no_bert(model, f"it holds a {type(self._model).__name__}")

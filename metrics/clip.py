@@ -12,6 +12,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
+from ..records.paths import located
+
 _Item = TypeVar("_Item")
 
 
@@ -29,12 +31,13 @@ class ClipEncoder:
 
     def __init__(self, model: str, device: torch.device | str = "cpu", batch_size: int = 64) -> None:
         try:
+            place = located(model, "folder", owned=False)
             # Pillow's resizing, so that a score does not depend on whether torchvision is installed.
-            self._image_processor: Any = AutoImageProcessor.from_pretrained(model, backend="pil")
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(model)
-            self._model: Any = AutoModel.from_pretrained(model, dtype=torch.float32).to(device).eval()
+            self._image_processor: Any = AutoImageProcessor.from_pretrained(place, backend="pil")
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(place)
+            self._model: Any = AutoModel.from_pretrained(place, dtype=torch.float32).to(device).eval()
         except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise _no_clip(model, str(error).strip().splitlines()[0]) from error
+            raise _no_clip(model, " ".join(str(error).split())) from error
         if not (hasattr(self._model, "get_image_features") and hasattr(self._model, "get_text_features")):
             raise _no_clip(model, f"it holds a {type(self._model).__name__}")
         self._device = device

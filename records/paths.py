@@ -12,7 +12,7 @@ _EMBEDDED = "embedded:"
 _SHIPPED = Path(__file__).resolve().parents[1] / "checkpoints"
 # Folders that configurations and the README name: never an owner on the hub, where anyone could be called so.
 _FOLDERS = ("checkpoints", "data", "configs", "runs", "outputs")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"(?P<owner>[\w.-]+/)?[\w.-]+")
 
 
 def user_path(given: str | os.PathLike[str]) -> Path:
@@ -25,12 +25,13 @@ def user_name(given: str) -> str:
     return os.path.expanduser(given) if given == "~" or given.startswith("~/") else given
 
 
-def located(given: str, option: str) -> str:
-    """Where a model or adapter is that is named by its folder, by its id on the hub, or as one that comes along.
+def located(given: str, option: str, owned: bool = True) -> str:
+    """Where a model, adapter or data set is that is named by its folder, by its id on the hub, or as one that is here.
 
     Args:
         given: Folder, `owner/name` on the hub, or `embedded:shapes-llava`, which is looked for nowhere else.
         option: What named it, for the message.
+        owned: Whether a name on the hub must have an owner: models have, some data sets and text encoders have not.
 
     Returns:
         The folder, or the hub id.
@@ -48,12 +49,12 @@ def located(given: str, option: str) -> str:
     if given and path.is_dir():
         return str(path)
     first = given.partition("/")[0]
-    if _HUB_ID.fullmatch(given) and first not in (*_FOLDERS, ".", "..") and not Path(first).exists():
-        return given
-    raise ValueError(
-        f"{option} {given!r}: no such folder{_alike(path)}; give a folder, owner/name on the hub, or "
-        f"{_EMBEDDED}shapes-llava"
-    )
+    if (hub_id := _HUB_ID.fullmatch(given)) is not None:
+        beside = hub_id["owner"] and (first in (*_FOLDERS, ".", "..") or Path(first).exists())
+        if not beside and (hub_id["owner"] or not owned):
+            return given
+    ways = f"a folder, owner/name on the hub, or {_EMBEDDED}shapes-llava" if owned else "a folder or its id on the hub"
+    raise ValueError(f"{option} {given!r}: no such folder{_alike(path)}; give {ways}")
 
 
 def _alike(path: Path) -> str:

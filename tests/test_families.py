@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import random
 from collections.abc import Callable
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -61,6 +64,34 @@ def test_self_check(family: str) -> None:
         ours = model.unembed(state)
     allowed = logits > torch.finfo(logits.dtype).min / 2
     torch.testing.assert_close(ours[allowed], logits[allowed], atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v"])
+def test_positions_of_one_call_do_not_reach_the_next(family: str) -> None:
+    """Models with several parts of positions (M-RoPE) keep where their last prompts ended.
+
+    In any order of calls, with one picture or two, padded or not, every call gives what it gives alone.
+    """
+    first = load(family)
+    one, other = (first.encode([picture], [prompt]) for picture, prompt in zip(pictures(), PROMPTS, strict=True))
+    both = first.encode(pictures(), PROMPTS, ["a", "a b c"])
+    site = "lm.block.0"
+    calls: dict[str, Callable[[VisionLanguageModel], torch.Tensor]] = {
+        "logits of one": lambda model: model.logits(one),
+        "logits of both": lambda model: model.logits(both),
+        "answer to one": lambda model: model.generate(one, 4, model.sites([site])).states[site],
+        "answer to the other": lambda model: model.generate(other, 4, model.sites([site])).states[site],
+        "answers to both": lambda model: model.generate(both, 4, model.sites([site])).states[site],
+        "reading": lambda model: model.read(both, model.sites([site])).states[site],
+        "from a cache": lambda model: torch.tensor(model.generate(model.prefill(other), 4).token_map.answers),
+        "losses": lambda model: torch.tensor(model.answer_losses(both)),
+    }
+    alone = {name: call(copy.deepcopy(first)) for name, call in calls.items()}
+    model = copy.deepcopy(first)
+    order = [name for name in calls for _ in range(3)]
+    random.Random(0).shuffle(order)
+    for before, name in pairwise(["nothing", *order]):
+        torch.testing.assert_close(calls[name](model), alone[name], atol=1e-6, rtol=1e-6, msg=f"{name} after {before}")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

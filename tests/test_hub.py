@@ -300,7 +300,7 @@ def test_no_such_data_set(tmp_path: Path, samples: Callable[..., list[Sample]]) 
     # Tests run offline.
     with pytest.raises(ValueError, match=r"^nobody/nothing: cannot be read as a data set \(Couldn't reach"):
         samples("nobody/nothing")
-    with pytest.raises(ValueError, match=r"nowhere: cannot be read as a data set \(Couldn't find any data file"):
+    with pytest.raises(ValueError, match=r"nowhere: cannot be read as a data set \(folder .*: no such folder"):
         samples(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"empty: cannot be read as a data set"):

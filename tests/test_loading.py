@@ -112,16 +112,21 @@ def test_four_bits_are_nf4_computed_in_bfloat16(monkeypatch: pytest.MonkeyPatch)
 # --- several devices --------------------------------------------------------------------------------------
 
 
-def test_blocks_that_lie_elsewhere_are_read_and_steered(
-    tiny: Path, shared_backbone: VisionLanguageModel, pictures: list[Image.Image], vector: Tensor, tmp_path: Path
-) -> None:
-    """A block's weights are on disk, and fetched by hooks that accelerate puts on every module."""
+def spread_out(tiny: Path, folder: Path) -> VisionLanguageModel:
     spread = VisionLanguageModel.load(str(tiny))
     names = [f"model.language_model.{name}" for name in ("embed_tokens", "rotary_emb", "norm", "layers.0", "layers.2")]
     names += ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
     places = {**dict.fromkeys(names, "cpu"), "model.language_model.layers.1": "disk"}
-    dispatch_model(spread.model, places, main_device="cpu", offload_dir=str(tmp_path / "offloaded"))
+    dispatch_model(spread.model, places, main_device="cpu", offload_dir=str(folder))
     assert spread.model.model.language_model.layers[1].mlp.up_proj.weight.is_meta
+    return spread
+
+
+def test_blocks_that_lie_elsewhere_are_read_and_steered(
+    tiny: Path, shared_backbone: VisionLanguageModel, pictures: list[Image.Image], vector: Tensor, tmp_path: Path
+) -> None:
+    """A block's weights are on disk, and fetched by hooks that accelerate puts on every module."""
+    spread = spread_out(tiny, tmp_path / "offloaded")
     steering = Steering("lm.block.1", vector, 2.0)
     outcomes = []
     for backbone in (spread, shared_backbone):
@@ -132,6 +137,24 @@ def test_blocks_that_lie_elsewhere_are_read_and_steered(
     for site, states in outcomes[0].states.items():
         assert torch.equal(states, outcomes[1].states[site])
     spread.self_check()
+
+
+def test_destinations_beside_blocks_that_lie_elsewhere(
+    tiny: Path, pictures: list[Image.Image], tmp_path: Path, make_adapter: Run
+) -> None:
+    adapter = make_adapter(tiny, tmp_path / "adapter", scale=0.3)
+    spread, whole = spread_out(tiny, tmp_path / "offloaded"), VisionLanguageModel.load(str(tiny))
+    inputs = whole.encode(pictures[:2], ["What?", "Where?"])
+    for model in (spread, whole):
+        model.add_destination(str(adapter))
+    for variant in ("original", "destination", "original"):
+        with spread.running_as(variant), whole.running_as(variant):
+            assert torch.equal(spread.logits(inputs), whole.logits(inputs)), variant
+    with pytest.raises(ValueError, match="a part lies in main memory or on disk, where nothing can be exchanged"):
+        spread_out(tiny, tmp_path / "once").add_destination(str(tiny))
+    writing = make_adapter(tiny, tmp_path / "pissa", 0.3, init_lora_weights="pissa", target_modules=r".*1.*q_proj")
+    with pytest.raises(ValueError, match="LORA writes into the original with these options"):
+        spread_out(tiny, tmp_path / "again").add_destination(str(writing))
 
 
 def test_a_model_that_was_laid_out_is_not_moved(tiny: Path) -> None:

@@ -13,7 +13,9 @@ import torch
 from conceptshift.lightning_modules import VisionLanguageModel
 from conceptshift.tests.adapters import TEXT, by_peft, plain, write_adapter
 from peft import PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 
 _VISION = {"target_modules": r".*vision_tower.*\.(q_proj|v_proj|fc1)", "r": 4}
@@ -169,6 +171,32 @@ def test_what_acts_elsewhere_is_refused_by_name(
         model.add_destination(str(folder))
     assert "\n" not in str(error.value)
     assert torch.equal(said(model, inputs), untouched), "the original is untouched all the same"
+    plain_lora = write_adapter(tiny, tmp_path / "plain", "LORA", None)
+    model.add_destination(str(plain_lora))
+    with model.running_as("destination"):
+        assert torch.equal(said(model, inputs), by_peft(tiny, plain_lora, inputs)), "as if it had not been tried"
+
+
+@pytest.mark.parametrize("kind", sorted(_NOT_OF_A_LLAVA))
+def test_what_peft_cannot_make_of_this_model_is_refused_by_name(
+    kind: str, tiny: Path, tmp_path: Path, inputs: dict[str, Tensor], untouched: Tensor
+) -> None:
+    config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)](task_type="CAUSAL_LM")
+    config.save_pretrained(str(tmp_path))
+    save_file({"base_model.model.nothing": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
+    model = VisionLanguageModel.load(str(tiny))
+    modules = [name for name, _ in model.named_modules()]
+    with pytest.raises(ValueError, match=rf"does not fit .* \({kind} ") as error:
+        model.add_destination(str(tmp_path))
+    assert "\n" not in str(error.value)
+    assert [name for name, _ in model.named_modules()] == modules
+    assert torch.equal(said(model, inputs), untouched)
+
+
+def test_all_methods_are_tried() -> None:
+    """Of a later PEFT, too: a method that it adds is made here, or named among those that cannot be."""
+    tried = {kind for kind, _ in _METHODS.values()}
+    assert tried | _NOT_OF_A_LLAVA == {kind.value for kind in PeftType}
 
 
 def test_destinations_of_all_kinds_beside_each_other(

@@ -196,10 +196,14 @@ def test_what_reads_other_pictures_or_words_is_refused(changed: Changed, tiny: P
     with pytest.raises(ValueError, match="its image_token_id is 7, the original's 3"):
         model.add_destination(str(changed(image_token_id=7, image_token_index=7)))
     shutil.rmtree(folder)
-    with pytest.raises(ValueError, match="cannot answer as"):
+    with pytest.raises(
+        ValueError, match=r"cannot answer as .*: vision_feature_select_strategy is 'full', not 'default'; give"
+    ):
         model.add_destination(str(changed(vision_feature_select_strategy="full")))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert model.variant == "original"
+    with pytest.raises(ValueError, match="only with original;"):
+        model.speak_as("destination")
 
 
 def test_another_chat_template_is_told(changed: Changed, tiny: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping
@@ -9,10 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -41,12 +43,13 @@ class AdapterReader:
         ]
 
     @contextmanager
-    def read(self, path: str, vocabulary: Mapping[str, Tensor]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    def read(self, path: str, vocabulary: Mapping[str, Tensor], whole: bool) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Within the context a folder that PEFT can load into the model.
 
         Args:
             path: Folder or hub id.
             vocabulary: Name → tensor of the model with a row for each token.
+            whole: Whether the model is, and no part of it is fetched when it runs.
 
         Yields:
             The folder or hub id itself, or a copy with today's names; and those of `vocabulary` of which the adapter
@@ -56,7 +59,7 @@ class AdapterReader:
             ValueError: The adapter acts outside the model.
         """
         config = PeftConfig.from_pretrained(path)
-        check_kind(config)
+        check_kind(config, whole)
         weights = load_peft_weights(path, device="cpu")
         renamed = {key: self._renamed(key) for key in weights}
         own = {key: name.removeprefix(_PREFIX).replace(".base_layer.", ".") for key, name in renamed.items()}
@@ -122,11 +125,15 @@ def _matches(pattern: str | Collection[str], name: str) -> bool:
     return any(f".{name}".endswith(f".{one}") for one in pattern)
 
 
-def check_kind(config: PeftConfig) -> None:
+def check_kind(config: PeftConfig, whole: bool) -> None:
     """Refuse what acts in PEFT's own forward, and not in modules of the model.
 
+    Args:
+        config: Of the adapter.
+        whole: Whether the model is: what an adapter writes into layers that are fetched when they run is lost.
+
     Raises:
-        ValueError: It does.
+        ValueError: It does, or writes where that is lost.
     """
     kind = getattr(config.peft_type, "value", config.peft_type)
     if config.is_prompt_learning:
@@ -139,6 +146,29 @@ def check_kind(config: PeftConfig) -> None:
             "activated LoRA acts only behind its invocation tokens, which PEFT looks for before it runs the model; "
             "give an adapter of all positions"
         )
+    plain = (
+        getattr(config, "init_lora_weights", True) in (True, False, "gaussian", "orthogonal")
+        and getattr(config, "bias", "none") == "none"
+        and not getattr(config, "kasa_config", None)
+    )
+    if not (whole or plain):
+        raise ValueError(
+            f"{kind} writes into the original with these options, of which a part lies in main memory or on disk; "
+            "leave --model.init_args.device_map out, or give a plain LoRA adapter"
+        )
+
+
+def kind_of(path: str) -> str:
+    """The method of an adapter, as its configuration names it; empty where it has none here.
+
+    Args:
+        path: Its folder.
+    """
+    try:
+        config = json.loads(Path(path, _CONFIG).read_text(encoding="utf-8"))
+        return str(config["peft_type"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def attach(model: Any, peft: PeftModel | None, path: str, name: str) -> PeftModel:
@@ -156,14 +186,20 @@ def attach(model: Any, peft: PeftModel | None, path: str, name: str) -> PeftMode
     Raises:
         ValueError: It was not loaded whole.
     """
-    with warnings.catch_warnings():
+    results: list[Any] = []
+
+    def noting(*args: Any, **options: Any) -> Any:
+        results.append(set_peft_model_state_dict(*args, **options))
+        return results[-1]
+
+    # What it did not find, PEFT tells only of adapters that are not the first.
+    with warnings.catch_warnings(), patch("peft.peft_model.set_peft_model_state_dict", noting):
         warnings.filterwarnings("ignore", _HANDLED)
         if peft is None:
             peft = PeftModel.from_pretrained(model, path, adapter_name=name)
         else:
             peft.load_adapter(path, name)
-    # Once more, for what PEFT tells of it only here.
-    result = peft.load_adapter(path, name)
+    result = results[-1]
     if result.unexpected_keys:
         raise ValueError(f"its layers are not this model's, e.g. {sorted(result.unexpected_keys)[0]}")
     state = peft.state_dict()

@@ -71,15 +71,37 @@ class Original:
         """Name → parameter or buffer, as it is now; tied ones once."""
         return {name: getattr(module, key) for name, (module, key) in self._places.items()}
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all tensors are there, and none is fetched from main memory or disk when its layer runs."""
+        return not any(value.is_meta for value in self.tensors().values())
+
     def checksums(self) -> dict[str, int]:
-        """Name → checksum over all bytes, taken where the tensor is; without those that are nowhere (meta)."""
-        return {name: checksum(value.data) for name, value in self.tensors().items() if value.device.type != "meta"}
+        """Name → checksum over all bytes, taken where the tensor is."""
+        return {name: checksum(value.data) for name, value in self.tensors().items()}
+
+    def tree(self) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        """The modules and parameters in each module, with what is attached now: see `restore`."""
+        kept: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        for module in self.modules[""].modules():
+            kept += [(found, dict(found)) for found in (module._modules, module._parameters)]
+        return kept
+
+    def restore(self, tree: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
+        """Take out of the model what was attached to it since.
+
+        Args:
+            tree: What `tree` gave before.
+        """
+        for found, entries in tree:
+            found.clear()
+            found.update(entries)
 
     @contextmanager
     def guarded(self) -> Iterator[dict[str, Tensor]]:
         """Within the context something is attached to the model, which may write over its tensors.
 
-        At its end they are what they were; after an error, the modules too.
+        At its end they are what they were.
 
         Yields:
             Filled at the end: name → what was written.
@@ -89,23 +111,10 @@ class Original:
         """
         before, written = self.checksums(), dict[str, Tensor]()
         kept = {name: value.data for name, value in self.tensors().items()}
-        frozen = {name: value.requires_grad for name, value in self.tensors().items()}
-        trees = [
-            (found, dict(found))
-            for module in self.modules[""].modules()
-            for found in (module._modules, module._parameters)
-        ]
         copying = _Copying(kept)
         try:
             with copying:
                 yield written
-        except BaseException:
-            for found, entries in trees:
-                found.clear()
-                found.update(entries)
-            for name, value in self.tensors().items():
-                value.requires_grad_(frozen[name])
-            raise
         finally:
             with torch.inference_mode(False):
                 for name, value in self.tensors().items():
@@ -130,6 +139,8 @@ class Original:
         Returns:
             What was there: putting that ends the exchange.
         """
+        if not exchange:
+            return Exchange()
         tensors = self.tensors()
         kept = Exchange(
             {name: tensors[name].data for name in exchange.tensors},
@@ -197,6 +208,25 @@ class Original:
             if not _same(value.data, own[name].data.cpu()):
                 changed[name] = value.data
         return changed
+
+
+def differing(own: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Entry → its value in one configuration and in another, of those that differ.
+
+    Args:
+        own: One, as a dictionary; what is in a part of it is called `part.entry`.
+        theirs: The other.
+    """
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in {**own, **theirs}:
+        one, other = own.get(key), theirs.get(key)
+        if key in _ORIGINS or one == other:
+            continue
+        if isinstance(one, dict) and isinstance(other, dict):
+            found |= {f"{key}.{inner}": values for inner, values in differing(one, other).items()}
+        else:
+            found[key] = (one, other)
+    return found
 
 
 def grown(own: Tensor | None, value: Tensor) -> bool:
@@ -277,7 +307,7 @@ def _equal(own: Any, value: Any) -> bool:
     if isinstance(own, Tensor) and isinstance(value, Tensor):
         return _same(own.cpu(), value.cpu())
     if isinstance(own, PreTrainedConfig | GenerationConfig) and type(own) is type(value):
-        return bool(_of_effect(own.to_dict()) == _of_effect(value.to_dict()))
+        return not differing(own.to_dict(), value.to_dict())
     if isinstance(own, FunctionType) and isinstance(value, FunctionType):
         return own.__code__ is value.__code__
     if isinstance(own, list | tuple) and isinstance(value, list | tuple):
@@ -296,11 +326,3 @@ def _exchangeable(value: Any) -> bool:
     if isinstance(value, dict):
         return all(map(_exchangeable, value.values()))
     return value is None or isinstance(value, (*_PLAIN, Tensor, PreTrainedConfig, GenerationConfig))
-
-
-def _of_effect(config: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: _of_effect(value) if isinstance(value, dict) else value
-        for key, value in config.items()
-        if key not in _ORIGINS
-    }

@@ -8,7 +8,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import get_session, is_offline_mode, try_to_load_from_cache
+from huggingface_hub.constants import ENDPOINT, HF_HUB_ETAG_TIMEOUT
 from huggingface_hub.errors import HFValidationError
 
 from ...records.hashes import file_hashes, files_hash, value_hash
@@ -48,6 +49,25 @@ def local_folder(source: str, revision: str | None, file: str = "config.json") -
     except HFValidationError:
         return None
     return Path(found).parent if isinstance(found, str) else None
+
+
+def check_reachable(name: str) -> None:
+    """Ask the hub once whether it is there, before libraries ask for each of many files again and again.
+
+    Args:
+        name: Folder or hub id; nothing is asked for what is here.
+
+    Raises:
+        ValueError: It is not here, and the hub does not answer.
+    """
+    if is_offline_mode() or any(local_folder(name, None, file) for file in ("config.json", _ADAPTER_CONFIG)):
+        return
+    try:
+        get_session().head(f"{ENDPOINT}/{name}", timeout=HF_HUB_ETAG_TIMEOUT)
+    except Exception as error:  # the client's own, of a package that the hub's exchanges
+        raise ValueError(
+            f"{name!r} is no folder here and was never downloaded, and {ENDPOINT} does not answer ({error})"
+        ) from error
 
 
 def model_hashes(source: str, revision: str | None) -> dict[str, str]:

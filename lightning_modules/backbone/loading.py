@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesCo
 from ...concepts._optional import require
 from ...records.paths import located
 from . import molmo  # noqa: F401 - makes Molmo known to transformers
+from .identity import check_reachable
 from .processors import load_processor
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -52,6 +53,7 @@ def load_pretrained(
     place = located(model_id, "model_id")
     check_remote_code(place, revision, trust_remote_code)
     with reading(model_id):
+        check_reachable(place)
         processor = load_processor(place, **source)
         if random_weights:
             config = AutoConfig.from_pretrained(place, **source)
@@ -121,6 +123,7 @@ def load_skeleton(
     place = located(model_id, "model_id")
     check_remote_code(place, revision, trust_remote_code)
     with reading(model_id):
+        check_reachable(place)
         processor = load_processor(place, **source)
         config = AutoConfig.from_pretrained(place, **source)
         saved = config.dtype or torch.float32

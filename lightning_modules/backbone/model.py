@@ -146,27 +146,30 @@ class VisionLanguageModel(Variants):
         return self._scales_of[self.variant]
 
     def settle(self) -> None:
-        """Run a quantised model once: what unpacks weights in its first pass does so now, and what cannot run is told.
+        """Let a quantised model unpack what it unpacks in its first pass, and find out whether it runs.
 
         Raises:
-            ValueError: It cannot run here.
+            ValueError: It cannot run here, or has no unembedding that can be read.
         """
-        if getattr(self.model.config, "quantization_config", None) is None:
+        if (method := quantization_of(self.model)) is None:
             return
-        try:
-            self.ask()
-        except Exception as error:  # each library has its own
-            raise ValueError(
-                f"{self.source}: its weights are quantised ({quantization_of(self.model)}) in a way that does not run "
-                f"on {self.model.device} ({reason_of(error)}{_narrow(self.model)}); run it on a GPU, or take the model "
-                "in full precision"
-            ) from error
         weight = self.structure.head.weight
         if not weight.is_floating_point() or weight.ndim != 2:
             raise ValueError(
-                f"{self.source}: its unembedding is quantised ({quantization_of(self.model)}), so that no concept and "
-                "no layer could be read in words; take a model that leaves it in full precision, as most do"
+                f"{self.source}: its unembedding is quantised ({method}), so that no concept and no layer could be "
+                "read in words; take a model that leaves it in full precision, as most do"
             )
+        try:
+            if method == "bitsandbytes":
+                # A copy: a pass on a CPU packs its weights anew.
+                _try_narrow(self.model)
+            else:
+                self.ask()
+        except Exception as error:  # each library has its own
+            raise ValueError(
+                f"{self.source}: its weights are quantised ({method}) in a way that does not run on "
+                f"{self.model.device} ({reason_of(error)}); run it on a GPU, or take the model in full precision"
+            ) from error
         self.learn_structure()
 
     def ask(self) -> Tensor:
@@ -511,12 +514,18 @@ class VisionLanguageModel(Variants):
         return set(ends) if isinstance(ends, list) else {ends}
 
 
-def _narrow(model: nn.Module) -> str:
-    """What is known to hinder 4 bits: blocks of 64 weights that do not end where rows do."""
+def _try_narrow(model: nn.Module) -> None:
+    """Run a layer of 4 bits whose rows end within a block of 64 weights, for which not every kernel is made."""
     for name, module in model.named_modules():
         if type(module).__name__ == "Linear4bit" and module.in_features % 64:
-            return f"; {name} is {module.in_features} wide, no multiple of the 64 weights of a block"
-    return ""
+            state = torch.zeros(1, int(module.in_features), device=module.weight.device)
+            try:
+                copy.deepcopy(module)(state)
+            except RuntimeError as error:
+                raise ValueError(
+                    f"{name} is {module.in_features} wide, no multiple of the 64 weights of a block: {error}"
+                ) from error
+            return
 
 
 def _tolerance(logits: Tensor) -> float:

@@ -6,7 +6,7 @@ import json
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,10 @@ from transformers import AutoConfig
 
 from ...records.hashes import value_hash
 from ...records.paths import located
-from .adapters import AdapterReader, attach, switch
+from .adapters import AdapterReader, attach, kind_of, switch
 from .destinations import DESTINATION, ORIGINAL, TRAINED, is_adapter
-from .exchange import Exchange, Original
-from .identity import BASE_NOTE, OF_TENSORS, adapter_settings, base_note, destination_hash
+from .exchange import Exchange, Original, differing
+from .identity import BASE_NOTE, OF_TENSORS, adapter_settings, base_note, check_reachable, destination_hash
 from .loading import quantization_of, reason_of, tensor_hash
 from .parts import lora_targets
 from .sharding import gathered, shard_model
@@ -98,7 +98,7 @@ class Variants(nn.Module, ABC):
             )
         self._keep_hash()
         config.target_modules = config.target_modules or lora_targets(self.model, ["language_model"])
-        with self._original.guarded() as written:
+        with self._guarded() as written:
             peft = get_peft_model(self.model, config, adapter_name=TRAINED)
             switch(peft, None)
         self._peft, self._trained = [peft], TRAINED
@@ -118,16 +118,20 @@ class Variants(nn.Module, ABC):
             ValueError: It is missing, or was made for a model of another structure.
         """
         path = located(path, "destination")
+        check_reachable(path)
         if is_adapter(path) or not _is_model(path):
             self.load_adapter(path, name)
             return
         try:
             self._check_base(path)
-        except ValueError as error:
-            raise ValueError(f"destination {path!r}: {error}; give a model that was fine-tuned from it") from error
-        with self.running_as(ORIGINAL):
-            exchange = whole_model(path, self.model, self.processor, self._original, self._vocabulary)
-        self._add(path, name, exchange)
+            with self.running_as(ORIGINAL):
+                exchange = whole_model(path, self.model, self.processor, self._original, self._vocabulary)
+            self._add(path, name, exchange)
+        except _UNFIT as error:
+            self._forget(name)
+            raise ValueError(
+                f"destination {path!r}: {reason_of(error)}; give a model that was fine-tuned from {self.source!r}"
+            ) from error
 
     def load_adapter(self, adapter: str, name: str = DESTINATION) -> None:
         """Attach a saved PEFT adapter, frozen. Whoever speaks goes on speaking.
@@ -139,25 +143,29 @@ class Variants(nn.Module, ABC):
             ValueError: It is missing, was made for a model of another structure, or does not act in the model's layers.
         """
         adapter = located(adapter, "adapter")
+        check_reachable(adapter)
         self._keep_hash()
-        with self.running_as(ORIGINAL):
-            try:
-                self._check_base(adapter)
+        before, tree = list(self._peft), self._original.tree()
+        try:
+            self._check_base(adapter)
+            with self.running_as(ORIGINAL):
                 exchange = self._attach(adapter, name)
-            except _UNFIT as error:
-                self._detach(name)
-                state = "does not fit" if Path(adapter).exists() else "is no folder here, nor a hub id that fits"
-                raise ValueError(
-                    f"adapter {adapter!r} {state} {self.source!r} ({reason_of(error)}); give a PEFT folder made from "
-                    "this model"
-                ) from error
-        self._add(adapter, name, exchange)
+            self._add(adapter, name, exchange)
+        except _UNFIT as error:
+            self._forget(name)
+            self._peft = before
+            self._original.restore(tree)
+            state = "does not fit" if Path(adapter).exists() else "is no folder here, nor a hub id that fits"
+            why = " ".join(filter(None, (kind_of(adapter), reason_of(error))))
+            raise ValueError(
+                f"adapter {adapter!r} {state} {self.source!r} ({why}); give a PEFT folder made from this model"
+            ) from error
 
     def _attach(self, adapter: str, name: str) -> Exchange:
         """Attach an adapter; gives what it has otherwise of the original's own."""
         peft, tensors = self._peft[0] if self._peft else None, self._original.tensors()
         vocabulary = {name: tensors[name] for name in self._vocabulary}
-        with self._read_adapter.read(adapter, vocabulary) as (folder, more):
+        with self._read_adapter.read(adapter, vocabulary, self._original.is_whole) as (folder, more):
             # PEFT makes its layers as large as those that they are for.
             sizes = {
                 (outer, key): len(value)
@@ -169,14 +177,34 @@ class Variants(nn.Module, ABC):
             exchange = Exchange(more, dict(sizes))
             kept = self._original.put(exchange)
             try:
-                with self._original.guarded() as written:
+                with self._guarded() as written:
                     self._peft = [attach(self.model, peft, folder, name)]
             finally:
                 self._original.put(kept)
         return replace(exchange, tensors={key: value.cpu() for key, value in {**more, **written}.items()})
 
-    def _detach(self, name: str) -> None:
-        """Remove what is left of an adapter that could not be attached."""
+    def _guarded(self) -> AbstractContextManager[dict[str, Tensor]]:
+        return self._original.guarded() if self._original.is_whole else self._unchanged()
+
+    @contextmanager
+    def _unchanged(self) -> Iterator[dict[str, Tensor]]:
+        """Within the context nothing may be written into a model of which a part is fetched when it runs.
+
+        Raises:
+            ValueError: Something was.
+        """
+        before = None if self.model.device.type == "meta" else self.ask()
+        yield {}
+        if before is not None and not torch.equal(before, self.ask()):
+            raise ValueError(
+                "it writes into the original, of which a part lies in main memory or on disk, and cannot be taken out "
+                "again; load the model anew, whole, or with a plain LoRA adapter"
+            )
+
+    def _forget(self, name: str) -> None:
+        """Remove what there is of a destination that could not be taken in."""
+        for known in (self._exchanges, self._tokenizers, self._destination_hashes):
+            known.pop(name, None)
         if self._peft and name in self._peft[0].peft_config:
             self._peft[0].delete_adapter(name)
         self.structure.forget()
@@ -195,7 +223,7 @@ class Variants(nn.Module, ABC):
             said = self._said(name)
         except _UNFIT as error:
             raise ValueError(
-                f"destination {path!r}: cannot answer as {self.source!r} is asked ({reason_of(error)})"
+                f"it cannot answer as the original is asked ({reason_of(error)}){self._other_settings(exchange)}"
             ) from error
         with self.running_as(ORIGINAL):
             own = self.ask()
@@ -205,6 +233,14 @@ class Variants(nn.Module, ABC):
                 "as can be seen it changes nothing, and no concept will shift",
                 stacklevel=4,
             )
+
+    def _other_settings(self, exchange: Exchange) -> str:
+        """The entries of a destination's configuration that are not as the original's."""
+        theirs = exchange.settings.get(("", "config"))
+        if theirs is None:
+            return ""
+        found = differing(self.model.config.to_dict(), theirs.to_dict())
+        return ": " + ", ".join(f"{key} is {value!r}, not {own!r}" for key, (own, value) in found.items())
 
     def _said(self, name: str) -> Tensor:
         """What a destination says, as PEFT says it too."""

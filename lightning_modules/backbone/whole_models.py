@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from transformers.utils.hub import cached_file
 
 from .exchange import Exchange, Original
-from .loading import load_model
+from .loading import load_model, quantization_of
 from .processors import load_processor
 from .structure import Structure
 
@@ -36,21 +36,26 @@ def whole_model(path: str, model: Any, processor: Any, original: Original, growi
     """
     if getattr(model.config, "quantization_config", None) is not None:
         raise ValueError(
-            f"destination {path!r} is a whole model, and of it no weights can be put into an original that is "
+            "it is a whole model, and of it no weights can be put into an original that is "
             "quantised; give an adapter, or an original in full precision"
+        )
+    if not original.is_whole:
+        raise ValueError(
+            "it is a whole model, and of the original a part lies in main memory or on disk, where "
+            "nothing can be exchanged; give an adapter, or leave --model.init_args.device_map out"
         )
     dtype = str(model.dtype).removeprefix("torch.")
     other = load_model(path, dtype=dtype, attention=model.config._attn_implementation)
+    if (method := quantization_of(other)) is not None:
+        raise ValueError(
+            f"it is a whole model whose weights are quantised ({method}), and the original's "
+            "are not; give one in full precision, or an adapter"
+        )
     if other.generation_config.pad_token_id is None:
         other.generation_config.pad_token_id = processor.tokenizer.pad_token_id
-    try:
-        _check_image_token(model, other)
-        _check_processor(path, processor)
-        return original.compare(other, growing)
-    except ValueError as error:
-        raise ValueError(
-            f"destination {path!r}: {error}; give a model that was fine-tuned from --model.init_args.model_id"
-        ) from error
+    _check_image_token(model, other)
+    _check_processor(path, processor)
+    return original.compare(other, growing)
 
 
 def grown_tokenizer(path: str, tokenizer: Any) -> Any:
