@@ -158,7 +158,8 @@ class LogitLens(Inspector):
 
 def _decode(backbone: VisionLanguageModel, token: int) -> str:
     """A token's text; rows of the unembedding without a token have none."""
-    text: str = backbone.tokenizer.decode([token]) if token < len(backbone.tokenizer) else ""
+    tokenizer = backbone.widest_tokenizer
+    text: str = tokenizer.decode([token]) if token < len(tokenizer) else ""
     return text
 
 

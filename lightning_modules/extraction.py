@@ -110,7 +110,7 @@ class FeatureExtraction(VariantsModule):
     def _extract(self, batch: Batch, variant: str) -> Extraction:
         with self.backbone.running_as(variant):
             generation = self._run(batch)
-        rows = [generation.select(selector, self.backbone.vocabulary) for selector in self.selectors]
+            rows = [generation.select(selector, self.backbone.vocabulary) for selector in self.selectors]
         for selected in rows:
             _check_finite(selected, batch, variant)
         return Extraction(variant, generation.texts, rows)

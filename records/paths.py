@@ -12,7 +12,7 @@ _EMBEDDED = "embedded:"
 _SHIPPED = Path(__file__).resolve().parents[1] / "checkpoints"
 # Folders that configurations and the README name: never an owner on the hub, where anyone could be called so.
 _FOLDERS = ("checkpoints", "data", "configs", "runs", "outputs")
-_HUB_ID = re.compile(r"(?P<owner>[\w.-]+/)?[\w.-]+")
+_HUB_NAME = re.compile(r"[\w.-]+")
 
 
 def user_path(given: str | os.PathLike[str]) -> Path:
@@ -48,13 +48,23 @@ def located(given: str, option: str, owned: bool = True) -> str:
     path = user_path(given)
     if given and path.is_dir():
         return str(path)
-    first = given.partition("/")[0]
-    if (hub_id := _HUB_ID.fullmatch(given)) is not None:
-        beside = hub_id["owner"] and (first in (*_FOLDERS, ".", "..") or Path(first).exists())
-        if not beside and (hub_id["owner"] or not owned):
-            return given
+    if is_hub_id(given, owned):
+        return given
     ways = f"a folder, owner/name on the hub, or {_EMBEDDED}shapes-llava" if owned else "a folder or its id on the hub"
     raise ValueError(f"{option} {given!r}: no such folder{_alike(path)}; give {ways}")
+
+
+def is_hub_id(given: str, owned: bool = True) -> bool:
+    """Whether a name can be one on the hub, and is none of a folder here or of one that configurations name.
+
+    Args:
+        given: The name.
+        owned: Whether it must have an owner.
+    """
+    owner, slash, name = given.rpartition("/")
+    if not (_HUB_NAME.fullmatch(name) and (not slash or _HUB_NAME.fullmatch(owner))):
+        return False
+    return not owned if not slash else owner not in (*_FOLDERS, ".", "..") and not Path(owner).exists()
 
 
 def _alike(path: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -179,6 +180,19 @@ def test_an_adapter_with_more_tokens(name: str, tiny: Path, tmp_path: Path, inpu
         with model.running_as("destination"):
             assert torch.equal(said(model, inputs), expected)
             assert model.vocabulary[-1] == "<new4>"
+
+
+def test_an_adapter_of_another_model_of_the_hub_is_told(tiny: Path, tmp_path: Path) -> None:
+    """Of the same shapes, so that nothing else tells."""
+    folder = write_adapter(tiny, tmp_path / "adapter", "LORA", {**TEXT, "r": 4})
+    loaded = VisionLanguageModel.load(str(tiny))
+    model = VisionLanguageModel(loaded.model, loaded.processor, "someone/llava")
+    with pytest.warns(UserWarning, match=r"trained from 'another/llava', and this is 'someone/llava'"):
+        model.add_destination(str(edit(folder, base_model_name_or_path="another/llava")), "one")
+    with warnings.catch_warnings(record=True) as told:
+        for number, base in enumerate(("someone/llava", "/home/someone/model", None)):
+            model.add_destination(str(edit(folder, base_model_name_or_path=base)), f"other{number}")
+    assert not [one for one in told if "trained from" in str(one.message)]
 
 
 def test_a_size_that_cannot_be_is_told_with_both_sizes(tiny: Path, make_model: Run, tmp_path: Path) -> None:

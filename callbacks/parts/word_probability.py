@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...lightning_modules.backbone.readout import Readout
 
@@ -44,6 +44,8 @@ class WordProbability:
             concepts: Whose words to take in each row [N].
         """
         logits = logits.float()
-        members = self._members[concepts.cpu()].to(logits.device)
+        # A destination may have more tokens than the original, whose words these are.
+        members = nn.functional.pad(self._members, (0, logits.shape[-1] - self._members.shape[1]))
+        members = members[concepts.cpu()].to(logits.device)
         of_words = logits.masked_fill(~members, -torch.inf).logsumexp(dim=-1)
         return (of_words - logits.logsumexp(dim=-1)).cpu().double()

@@ -158,15 +158,15 @@ def check_kind(config: PeftConfig, whole: bool) -> None:
         )
 
 
-def kind_of(path: str) -> str:
-    """The method of an adapter, as its configuration names it; empty where it has none here.
+def noted(path: str, entry: str) -> str:
+    """What the configuration of an adapter says; empty where it says nothing, or is not here.
 
     Args:
         path: Its folder.
+        entry: Of `adapter_config.json`: `peft_type`, `base_model_name_or_path`.
     """
     try:
-        config = json.loads(Path(path, _CONFIG).read_text(encoding="utf-8"))
-        return str(config["peft_type"])
+        return str(json.loads(Path(path, _CONFIG).read_text(encoding="utf-8"))[entry] or "")
     except (OSError, ValueError, KeyError, TypeError):
         return ""
 

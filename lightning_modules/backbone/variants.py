@@ -19,8 +19,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoConfig
 
 from ...records.hashes import value_hash
-from ...records.paths import located
-from .adapters import AdapterReader, attach, kind_of, switch
+from ...records.paths import is_hub_id, located
+from .adapters import AdapterReader, attach, noted, switch
 from .destinations import DESTINATION, ORIGINAL, TRAINED, is_adapter
 from .exchange import Exchange, Original, differing
 from .identity import BASE_NOTE, OF_TENSORS, adapter_settings, base_note, check_reachable, destination_hash
@@ -156,7 +156,7 @@ class Variants(nn.Module, ABC):
             self._peft = before
             self._original.restore(tree)
             state = "does not fit" if Path(adapter).exists() else "is no folder here, nor a hub id that fits"
-            why = " ".join(filter(None, (kind_of(adapter), reason_of(error))))
+            why = " ".join(filter(None, (noted(adapter, "peft_type"), reason_of(error))))
             raise ValueError(
                 f"adapter {adapter!r} {state} {self.source!r} ({why}); give a PEFT folder made from this model"
             ) from error
@@ -275,6 +275,14 @@ class Variants(nn.Module, ABC):
             raise ValueError(
                 f"it was trained on other weights: {made_for.get('model_id')}, {trained_on}, and these are {own}"
             )
+        told = noted(path, "base_model_name_or_path")
+        # Folders have other names elsewhere; ids on the hub have not.
+        if not trained_on and is_hub_id(told) and is_hub_id(self.source) and told != self.source:
+            warnings.warn(
+                f"{path!r} says that it was trained from {told!r}, and this is {self.source!r}: if they are not one "
+                "model under two names, what it says means nothing",
+                stacklevel=5,
+            )
 
     # --- who speaks ---------------------------------------------------------------------------------------
 
@@ -322,6 +330,11 @@ class Variants(nn.Module, ABC):
     def tokenizer(self) -> Any:
         """The tokenizer: the model's, or of a destination with more tokens its own."""
         return self._tokenizers.get(self.variant) or self.processor.tokenizer
+
+    @property
+    def widest_tokenizer(self) -> Any:
+        """The tokenizer with the tokens of all variants: those of the original have the same numbers in each."""
+        return max((self.processor.tokenizer, *self._tokenizers.values()), key=len)
 
     def save(self, folder: Path, state: dict[str, Tensor] | None = None, made: Mapping[str, Any] | None = None) -> None:
         """Write the adapter in PEFT's layout, or the whole model and processor where there is no adapter.
