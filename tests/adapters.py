@@ -42,5 +42,7 @@ def write_adapter(tiny: Path, folder: Path, kind: str, options: dict[str, Any] |
 
 @torch.no_grad()
 def by_peft(tiny: Path, folder: Path, inputs: dict[str, Tensor]) -> Tensor:
+    """Logits as PEFT alone has them; some methods draw what they begin from."""
+    torch.manual_seed(0)
     logits: Tensor = PeftModel.from_pretrained(plain(tiny), folder).eval()(**inputs).logits
     return logits

@@ -195,6 +195,16 @@ def test_an_adapter_of_another_model_of_the_hub_is_told(tiny: Path, tmp_path: Pa
     assert not [one for one in told if "trained from" in str(one.message)]
 
 
+def test_loading_leaves_no_trace_in_what_is_drawn(tiny: Path, tmp_path: Path) -> None:
+    folder = write_adapter(tiny, tmp_path / "adapter", "LORA", {**TEXT, "r": 4, "init_lora_weights": "pissa_niter_4"})
+    model = VisionLanguageModel.load(str(tiny))
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    model.add_destination(str(folder))
+    assert torch.equal(torch.rand(3), expected)
+
+
 def test_a_size_that_cannot_be_is_told_with_both_sizes(tiny: Path, make_model: Run, tmp_path: Path) -> None:
     """The reason is not cut off before it says what is wrong."""
     folder = write_adapter(make_model(text_width=96), tmp_path / "adapter", "LORA", {**TEXT, "r": 4})

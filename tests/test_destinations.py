@@ -174,6 +174,16 @@ def test_weights_come_back_whatever_happens(tiny: Path, whole: Path) -> None:
         model.running_as("step-000001").__enter__()
 
 
+def test_a_name_is_taken_once(tiny: Path, make_adapter: Run, tmp_path: Path) -> None:
+    adapter = str(make_adapter(tiny, tmp_path / "adapter", scale=0.2))
+    model = VisionLanguageModel.load(str(tiny))
+    model.add_destination(adapter, "colors")
+    for name in ("colors", "original"):
+        with pytest.raises(ValueError, match=f"there is one called '{name}' already"):
+            model.add_destination(adapter, name)
+    model.add_destination(adapter, "places")
+
+
 def test_a_model_of_another_structure_is_refused(predict: Run, make_model: Callable[..., Path], tmp_path: Path) -> None:
     other = make_model(text_layers=2)
     error = predict(tmp_path / "store", f"--model.destination={other}", "--data.limit=2").error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,9 @@ from conceptshift.datamodules.stored_features import FeatureStore
 from conceptshift.lightning_modules import FeatureExtraction, FineTuning, VisionLanguageModel
 from conceptshift.lightning_modules.backbone import Steering
 from conceptshift.lightning_modules.backbone.loading import DeviceMap, quantization_config
+from conceptshift.tests.adapters import TEXT, write_adapter
 from conceptshift.tests.families.dynamic import ODD
+from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -258,14 +259,46 @@ def test_weights_that_cannot_be_unpacked_here_are_refused_by_method(
     assert not (tmp_path / "store").exists()
 
 
-def test_packed_weights_that_do_not_run(make_model: Run, predict: Run, tmp_path: Path) -> None:
-    pytest.importorskip("bitsandbytes")
-    if torch.cuda.is_available():
-        pytest.skip("the kernels of a GPU take rows of any width")
-    error = predict(tmp_path / "store", "--model.quantization=4bit", model=make_model(text_width=96)).error
-    assert re.search(
-        r"quantised \(bitsandbytes\) in a way that does not run on cpu \(.* is 96 wide, no multiple", error
-    )
+def test_rows_that_end_within_a_block(make_model: Run, pictures: list[Image.Image]) -> None:
+    """Four bits of a layer whose width is no multiple of the 64 weights of a block, against its weights unpacked."""
+    functional = pytest.importorskip("bitsandbytes.functional")
+    packed = VisionLanguageModel.load(str(make_model(text_width=96)), quantization="4bit")
+    inputs = packed.encode(pictures[:2], ["What?", "Where?"], ["a", "b"])
+    site = "lm.block.0"
+    found = packed.read(inputs, packed.sites([site])).states[site]
+    plain = VisionLanguageModel.load(packed.source)
+    layers = {name: layer for name, layer in packed.model.named_modules() if type(layer).__name__ == "Linear4bit"}
+    assert any(layer.in_features % 64 for layer in layers.values())
+    with torch.no_grad():
+        for name, layer in layers.items():
+            weight = functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+            plain.model.get_submodule(name).weight.copy_(weight.float())
+    expected = plain.read(inputs, plain.sites([site])).states[site]
+    assert torch.cosine_similarity(found, expected, dim=-1).min() > 0.999
+
+
+@pytest.mark.parametrize("kind", ["LORA", "IA3"])
+def test_packed_weights_are_the_same_beside_an_adapter(
+    kind: str, tiny: Path, tmp_path: Path, pictures: list[Image.Image], bits: Any
+) -> None:
+    """Also behind a pass, and after they were saved."""
+    options = {**TEXT, "r": 4} if kind == "LORA" else {"target_modules": r".*k_proj", "feedforward_modules": []}
+    folder = write_adapter(tiny, tmp_path / "adapter", kind, options)
+    model = VisionLanguageModel.load(str(tiny), quantization=bits)
+    inputs = model.encode(pictures[:1], ["What?"])
+    own, sums = model.logits(inputs), model._original.checksums()
+    model.save(tmp_path / "saved")
+    model.add_destination(str(folder))
+    assert torch.equal(model.logits(inputs), own)
+    assert model._original.checksums() == sums
+    with model.running_as("destination"):
+        theirs = model.logits(inputs)
+    fresh = VisionLanguageModel.load(str(tiny), quantization=bits)
+    alone = PeftModel.from_pretrained(fresh.model, folder)
+    with torch.no_grad():
+        assert torch.equal(theirs, alone(**inputs).logits)
+    again = VisionLanguageModel.load(str(tmp_path / "saved"))
+    assert torch.equal(again.logits(inputs), own)
 
 
 def test_a_packed_unembedding_is_refused(tiny: Path, tmp_path: Path) -> None:

@@ -52,6 +52,7 @@ _WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "bias of adapted layers": ("LORA", {**_VISION, "bias": "lora_only"}),
     "bias, OFT": ("OFT", {**TEXT, "oft_block_size": 16, "r": 0, "bias": "all"}),
     "PiSSA": ("LORA", {**TEXT, "r": 4, "init_lora_weights": "pissa"}),
+    "PiSSA, fast": ("LORA", {**TEXT, "r": 4, "init_lora_weights": "pissa_niter_4"}),
     "OLoRA": ("LORA", {**TEXT, "r": 4, "init_lora_weights": "olora"}),
     "KaSA": ("LORA", {**TEXT, "r": 4, "kasa_config": {}}),
     "MiCA": ("LORA", {**TEXT, "r": 4, "init_lora_weights": "mica"}),

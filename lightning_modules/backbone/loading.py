@@ -101,6 +101,7 @@ def load_model(
                 raise
             raise ValueError(f"its weights are quantised by {method}: {reason_of(error)}") from error
         model, told = loaded
+        _keep_packed(model)
         missing = sorted(told["missing_keys"])
         if missing and not allow_missing_weights:
             others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
@@ -160,6 +161,17 @@ def reading(model_id: str) -> Iterator[None]:
             f"model_id {model_id!r}: no image-text-to-text model can be loaded from it ({reason_of(error)}); give a "
             "folder in the Hugging Face layout or a hub id"
         ) from error
+
+
+def _keep_packed(model: nn.Module) -> None:
+    """Leave weights of 4 bits as they are on a CPU.
+
+    bitsandbytes packs them anew for it in their first pass, where their rows are made of whole blocks, and unpacks them
+    whenever they are saved or compared, not without loss: the model would be another one from then on.
+    """
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = False
 
 
 def reason_of(error: BaseException) -> str:

@@ -160,10 +160,8 @@ class VisionLanguageModel(Variants):
                 "read in words; take a model that leaves it in full precision, as most do"
             )
         try:
-            if method == "bitsandbytes":
-                # A copy: a pass on a CPU packs its weights anew.
-                _try_narrow(self.model)
-            else:
+            # bitsandbytes has nothing to unpack.
+            if method != "bitsandbytes":
                 self.ask()
         except Exception as error:  # each library has its own
             raise ValueError(
@@ -176,7 +174,7 @@ class VisionLanguageModel(Variants):
         """Logits of a small prompt with a picture, as the variant that speaks."""
         return self._asked()[0]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _asked(self) -> tuple[Tensor, Tensor]:
         """Logits of a small prompt with a picture, and the final norm of the states after the last block."""
         inputs = self._picture_alone(Image.new("RGB", (64, 64), "gray"))
@@ -512,20 +510,6 @@ class VisionLanguageModel(Variants):
         if ends is None:
             ends = self.tokenizer.eos_token_id
         return set(ends) if isinstance(ends, list) else {ends}
-
-
-def _try_narrow(model: nn.Module) -> None:
-    """Run a layer of 4 bits whose rows end within a block of 64 weights, for which not every kernel is made."""
-    for name, module in model.named_modules():
-        if type(module).__name__ == "Linear4bit" and module.in_features % 64:
-            state = torch.zeros(1, int(module.in_features), device=module.weight.device)
-            try:
-                copy.deepcopy(module)(state)
-            except RuntimeError as error:
-                raise ValueError(
-                    f"{name} is {module.in_features} wide, no multiple of the 64 weights of a block: {error}"
-                ) from error
-            return
 
 
 def _tolerance(logits: Tensor) -> float:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoConfig
@@ -29,9 +28,6 @@ from .parts import lora_targets
 from .sharding import gathered, shard_model
 from .structure import Structure
 from .whole_models import grown_tokenizer, whole_model
-
-# How PEFT and a model say that an adapter, or settings, are not for this one.
-_UNFIT = (OSError, SafetensorError, RuntimeError, ValueError, LookupError, AttributeError, TypeError)
 
 
 class Variants(nn.Module, ABC):
@@ -115,10 +111,9 @@ class Variants(nn.Module, ABC):
             name: What it is called.
 
         Raises:
-            ValueError: It is missing, or was made for a model of another structure.
+            ValueError: It is missing, was made for a model of another structure, or `name` is taken.
         """
-        path = located(path, "destination")
-        check_reachable(path)
+        path = self._found(path, name)
         if is_adapter(path) or not _is_model(path):
             self.load_adapter(path, name)
             return
@@ -127,7 +122,7 @@ class Variants(nn.Module, ABC):
             with self.running_as(ORIGINAL):
                 exchange = whole_model(path, self.model, self.processor, self._original, self._vocabulary)
             self._add(path, name, exchange)
-        except _UNFIT as error:
+        except Exception as error:  # models say in all kinds of ways that a part is not theirs, and PEFT too
             self._forget(name)
             raise ValueError(
                 f"destination {path!r}: {reason_of(error)}; give a model that was fine-tuned from {self.source!r}"
@@ -142,8 +137,7 @@ class Variants(nn.Module, ABC):
         Raises:
             ValueError: It is missing, was made for a model of another structure, or does not act in the model's layers.
         """
-        adapter = located(adapter, "adapter")
-        check_reachable(adapter)
+        adapter = self._found(adapter, name)
         self._keep_hash()
         before, tree = list(self._peft), self._original.tree()
         try:
@@ -151,7 +145,7 @@ class Variants(nn.Module, ABC):
             with self.running_as(ORIGINAL):
                 exchange = self._attach(adapter, name)
             self._add(adapter, name, exchange)
-        except _UNFIT as error:
+        except Exception as error:
             self._forget(name)
             self._peft = before
             self._original.restore(tree)
@@ -160,6 +154,18 @@ class Variants(nn.Module, ABC):
             raise ValueError(
                 f"adapter {adapter!r} {state} {self.source!r} ({why}); give a PEFT folder made from this model"
             ) from error
+
+    def _found(self, path: str, name: str) -> str:
+        """Where a destination is that is to be called something.
+
+        Raises:
+            ValueError: It is nowhere, or something else is called so.
+        """
+        if name == ORIGINAL or name in self._exchanges:
+            raise ValueError(f"destination {path!r}: there is one called {name!r} already; give it another name")
+        place = located(path, "destination")
+        check_reachable(place)
+        return place
 
     def _attach(self, adapter: str, name: str) -> Exchange:
         """Attach an adapter; gives what it has otherwise of the original's own."""
@@ -176,8 +182,11 @@ class Variants(nn.Module, ABC):
             }
             exchange = Exchange(more, dict(sizes))
             kept = self._original.put(exchange)
+            devices = [self.model.device] if self.model.device.type == "cuda" else []
             try:
-                with self._guarded() as written:
+                # Some draw what they begin from: alike in every load, and without a trace in what is drawn later.
+                with self._guarded() as written, torch.random.fork_rng(devices):
+                    torch.manual_seed(0)
                     self._peft = [attach(self.model, peft, folder, name)]
             finally:
                 self._original.put(kept)
@@ -221,7 +230,7 @@ class Variants(nn.Module, ABC):
             return
         try:
             said = self._said(name)
-        except _UNFIT as error:
+        except Exception as error:
             raise ValueError(
                 f"it cannot answer as the original is asked ({reason_of(error)}){self._other_settings(exchange)}"
             ) from error
@@ -230,7 +239,7 @@ class Variants(nn.Module, ABC):
         if own.shape == said.shape and torch.equal(own, said):
             warnings.warn(
                 f"destination {path!r} ({name}) gives a prompt with a picture the same logits as the original: as far "
-                "as can be seen it changes nothing, and no concept will shift",
+                "as one prompt tells, it changes nothing, and no concept will shift",
                 stacklevel=4,
             )
 
