@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,8 +20,9 @@ from conceptshift.lightning_modules.backbone.knockout import AttentionKnockout
 from conceptshift.lightning_modules.backbone.prompts import append_answers
 from conceptshift.tests.families.crops import CROPS
 from conceptshift.tests.families.dynamic import DYNAMIC, ODD
+from peft import LoraConfig, PeftModel
 from PIL import Image, ImageDraw
-from torch import Tensor
+from torch import Tensor, nn
 
 FAMILIES: dict[str, Callable[[], tuple[Any, Any]]] = {**CROPS, **DYNAMIC}
 # Every visual token of these is made of the whole picture.
@@ -64,6 +66,37 @@ def test_self_check(family: str) -> None:
         ours = model.unembed(state)
     allowed = logits > torch.finfo(logits.dtype).min / 2
     torch.testing.assert_close(ours[allowed], logits[allowed], atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["biases", "head"])
+@pytest.mark.parametrize("family", [*FAMILIES, *ODD])
+def test_a_destination_is_what_peft_makes_of_it(family: str, kind: str, tmp_path: Path) -> None:
+    """With trained biases, or a head of its own, beside an original that is what it was."""
+    plain = copy.deepcopy(load(family))
+    plain.model.requires_grad_(False)  # as PEFT leaves it: torch takes other kernels for what can be trained
+    linear = [name for name, module in plain.model.named_modules() if isinstance(module, nn.Linear)]
+    head = next(name for name, module in plain.model.named_modules() if module is plain.structure.head)
+    chosen = [name for name in linear if name != head]
+    more: dict[str, Any] = {"bias": "all"} if kind == "biases" else {"modules_to_save": [head]}
+    config = LoraConfig(r=2, target_modules=[*chosen[:6], *chosen[-3:]], **more)
+    trained: Any = PeftModel(copy.deepcopy(plain.model), config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for value in trained.parameters():
+            if value.requires_grad:
+                value.add_(0.1 * torch.randn(value.shape, generator=generator))
+    trained.save_pretrained(tmp_path)
+    alone = copy.deepcopy(plain)
+    alone.model = PeftModel.from_pretrained(alone.model, tmp_path).eval()
+    own, expected = plain.ask(), alone.ask()
+    assert not torch.equal(own, expected)
+    model = copy.deepcopy(plain)
+    sums = model._original.checksums()
+    model.add_destination(str(tmp_path))
+    for variant, logits in (("original", own), ("destination", expected), ("original", own)):
+        with model.running_as(variant):
+            assert torch.equal(model.ask(), logits), variant
+    assert model._original.checksums() == sums
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v"])

@@ -316,8 +316,11 @@ def _equal(own: Any, value: Any) -> bool:
         return own.keys() == value.keys() and all(_equal(own[key], value[key]) for key in own)
     if own is None or value is None or isinstance(own, (*_PLAIN, set, frozenset)):
         return bool(own == value)
-    # Objects of a library, without a meaning of their own for `==`: as alike as what they hold.
-    return type(own) is type(value) and _equal(getattr(own, "__dict__", None), getattr(value, "__dict__", None))
+    if type(own) is not type(value):
+        return False
+    # Objects of a library, without a meaning of their own for `==`: as alike as what they hold when they are new.
+    held, holds = getattr(own, "__dict__", {}), getattr(value, "__dict__", {})
+    return all(_equal(held.get(key), one) for key, one in holds.items())
 
 
 def _exchangeable(value: Any) -> bool:

@@ -157,6 +157,11 @@ def reading(model_id: str) -> Iterator[None]:
                 "--model.init_args.trust_remote_code true and, of a repository on the hub, with "
                 "--model.init_args.revision the commit that was read"
             ) from error
+        if "does not support an attention implementation" in str(error):
+            raise ValueError(
+                f"model_id {model_id!r}: this model has another attention implementation; give "
+                "--model.init_args.attention eager"
+            ) from error
         raise ValueError(
             f"model_id {model_id!r}: no image-text-to-text model can be loaded from it ({reason_of(error)}); give a "
             "folder in the Hugging Face layout or a hub id"
