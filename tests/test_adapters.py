@@ -255,6 +255,32 @@ def _weight(module: nn.Module) -> Tensor:
     return found
 
 
+def test_sites_that_were_found_before_an_adapter_came(tiny: Path, tmp_path: Path, pictures: list[Image.Image]) -> None:
+    """A layer that it adapts, and a norm that it has of its own: the states are those behind them."""
+    folder = write_adapter(tiny, tmp_path / "adapter", "LORA", {**TEXT, "r": 4, "modules_to_save": ["norm"]})
+    layer = "model.language_model.layers.1.self_attn.q_proj"
+    model = VisionLanguageModel.load(str(tiny))
+    sites = model.sites([layer, "lm.norm", "lm.block.1"])
+    inputs = model.encode([pictures[0]], ["?"], ["a"])
+    own = model.read(inputs, sites).states
+    model.add_destination(str(folder))
+    peft: Any = PeftModel.from_pretrained(plain(tiny), folder).eval()
+    expected: dict[str, Tensor] = {}
+    inner = peft.base_model.model
+    for name, module in ((layer, inner.get_submodule(layer)), ("lm.norm", inner.model.language_model.norm)):
+        module.register_forward_hook(lambda one, given, state, name=name: expected.__setitem__(name, state))
+    with torch.no_grad():
+        peft(**{key: value for key, value in inputs.items() if key != "labels"})
+    with model.running_as("destination"):
+        theirs = model.read(inputs, sites).states
+        assert [site.name for site in model.sites(["model.language_model.layers.1.self_attn.q_*"])] == [layer]
+    for name, states in expected.items():
+        assert torch.equal(theirs[name], states), name
+        assert not torch.equal(own[name], states), name
+    again = model.read(inputs, sites).states
+    assert all(torch.equal(again[name], states) for name, states in own.items())
+
+
 def test_biases_of_the_original_are_not_trained(tiny: Path) -> None:
     with pytest.raises(ValueError, match="so that there is no original to compare with; use lora_bias=True"):
         VisionLanguageModel.load(str(tiny)).add_lora(LoraConfig(bias="all"))

@@ -246,7 +246,11 @@ class VisionLanguageModel(Variants):
         Raises:
             ValueError: One matches nothing.
         """
-        return list(resolve_sites(self.structure, patterns, self.source).values())
+        return list(resolve_sites(self.structure, patterns, self.source, self._original.modules).values())
+
+    def _live(self, sites: Sequence[Site]) -> Sequence[Site]:
+        """Sites as they are now: a destination that came later may have wrapped or exchanged a module."""
+        return self.sites(site.name for site in sites) if self._exchanges else sites
 
     @contextmanager
     def intervene(self, *interventions: Steering | AttentionKnockout) -> Iterator[list[Applied]]:
@@ -379,7 +383,7 @@ class VisionLanguageModel(Variants):
         shown = self._shown(prompts)
         width = shown["input_ids"].shape[1]
         starts = torch.full((len(shown["input_ids"]),), width, device=shown["input_ids"].device)
-        capture = Capture(sites)
+        capture = Capture(self._live(sites))
         running = self._running(self._map(shown, starts), first=width - 1 if cache else 0)
         with running, capture.running(), nullcontext() if reader is None else reader.running():
             sequences = self.model.generate(
@@ -421,7 +425,7 @@ class VisionLanguageModel(Variants):
             for ids, found in zip(inputs["input_ids"], is_answer, strict=True)
         ]
         token_map = self._map(inputs, starts, answers)
-        capture = Capture(sites)
+        capture = Capture(self._live(sites))
         with self._running(token_map), capture.running():
             given = {name: value for name, value in inputs.items() if name != "labels"}
             self.model(**with_positions(self.model, given))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
@@ -47,13 +47,14 @@ def find_sites(structure: Structure) -> dict[str, Site]:
     return {site.name: site for site in sites}
 
 
-def resolve_sites(structure: Structure, patterns: Iterable[str], source: str) -> dict[str, Site]:
+def resolve_sites(structure: Structure, patterns: Iterable[str], source: str, own: Collection[str]) -> dict[str, Site]:
     """Turn names and wildcards into sites.
 
     Args:
         structure: The model's parts.
         patterns: Site names, `*` wildcards over them, or names of the model's own modules.
         source: Where the model came from, for the error message.
+        own: Names of the model's own modules: what adapters put inside them is no site.
 
     Raises:
         ValueError: A pattern matches nothing.
@@ -65,7 +66,7 @@ def resolve_sites(structure: Structure, patterns: Iterable[str], source: str) ->
         found = {name: known[name] for name in names} or {
             name: Site(name, module, "output", "sequence")
             for name, module in structure.model.named_modules()
-            if name and fnmatchcase(name, pattern)
+            if name and name in own and fnmatchcase(name, pattern)
         }
         if not found:
             why = f" ({structure.without_visual_tokens})" if pattern == "projector" else ""
