@@ -241,6 +241,32 @@ def test_who_means_it_gets_random_tensors_and_another_hash(tiny: Path, tmp_path:
     assert FeatureStore(tmp_path / "store").metadata["weights_hash"].startswith("tensors:")
 
 
+def test_a_model_with_an_adapter_is_no_original(tiny: Path, tmp_path: Path, make_adapter: Run) -> None:
+    """Transformers loads both, and what is in the files of the model would not be what speaks."""
+    both = Path(shutil.copytree(tiny, tmp_path / "both"))
+    adapter = make_adapter(tiny, tmp_path / "adapter", scale=0.2)
+    for file in adapter.iterdir():
+        shutil.copy(file, both)
+    for folder in (both, adapter):
+        with pytest.raises(ValueError, match=r"it has a PEFT adapter .* in place of the original; give the model that"):
+            VisionLanguageModel.load(str(folder))
+    with pytest.raises(ValueError, match="both a PEFT adapter and a model; remove the one that is not meant"):
+        VisionLanguageModel.load(str(tiny)).add_destination(str(both))
+
+
+def test_a_destination_in_another_format(tiny: Path, tmp_path: Path) -> None:
+    """Weights in a file of torch's, which is read without running what is pickled in it."""
+    model = VisionLanguageModel.load(str(tiny))
+    folder = Path(shutil.copytree(tiny, tmp_path / "other"))
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    name = next(name for name in weights if name.endswith("lm_head.weight"))
+    torch.save({**weights, name: weights[name] * 1.5}, folder / "pytorch_model.bin")
+    model.add_destination(str(folder))
+    with model.running_as("destination"):
+        assert torch.equal(model.unembed.weight, weights[name] * 1.5)
+
+
 def packed_as(model: Path, folder: Path, **config: Any) -> Path:
     shutil.copytree(model, folder)
     content = json.loads((folder / "config.json").read_text())

@@ -21,9 +21,9 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from .exchange import grown
+from .identity import ADAPTER_CONFIG
 
 _PREFIX = "base_model.model."
-_CONFIG = "adapter_config.json"
 # What PEFT says of adapters that write into the model, and of weights that lack: undone or refused here.
 _HANDLED = r"(?s).*(changes the base weights of|disabling adapter layers with bias|Found missing adapter keys)"
 
@@ -166,7 +166,7 @@ def noted(path: str, entry: str) -> str:
         entry: Of `adapter_config.json`: `peft_type`, `base_model_name_or_path`.
     """
     try:
-        return str(json.loads(Path(path, _CONFIG).read_text(encoding="utf-8"))[entry] or "")
+        return str(json.loads(Path(path, ADAPTER_CONFIG).read_text(encoding="utf-8"))[entry] or "")
     except (OSError, ValueError, KeyError, TypeError):
         return ""
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from ...records.paths import located, user_name
-from .identity import base_note
+from .identity import ADAPTER_CONFIG, base_note
 
 ORIGINAL, DESTINATION = "original", "destination"
 TRAINED = "default"
@@ -107,7 +107,7 @@ def check_checkpoint(path: str) -> None:
     if not folder.is_dir():
         return  # a hub id, which only loading can check
     adapter = is_adapter(str(folder)) and any(folder.glob("adapter_model.*"))
-    weights = {file.name for file in folder.glob("*.safetensors*") if not file.name.startswith("adapter_model.")}
+    weights = [file for pattern in ("model*.safetensors*", "pytorch_model*.bin*") for file in folder.glob(pattern)]
     model = (folder / "config.json").is_file() and bool(weights)
     if adapter != model:
         return
@@ -120,4 +120,4 @@ def check_checkpoint(path: str) -> None:
 
 def is_adapter(path: str) -> bool:
     """Whether a folder has a PEFT adapter."""
-    return (Path(path) / "adapter_config.json").is_file()
+    return (Path(path) / ADAPTER_CONFIG).is_file()

@@ -23,7 +23,7 @@ OF_FILES, OF_TENSORS = "files", "tensors"
 # In the order in which transformers looks for them.
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-_ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 # What decides beside the weights what a model does with a picture and a prompt.
 _SETTINGS = (
     "config.json", "generation_config.json", "*processor_config.json", "tokenizer*", "special_tokens_map.json",
@@ -60,7 +60,7 @@ def check_reachable(name: str) -> None:
     Raises:
         ValueError: It is not here, and the hub does not answer.
     """
-    if is_offline_mode() or any(local_folder(name, None, file) for file in ("config.json", _ADAPTER_CONFIG)):
+    if is_offline_mode() or any(local_folder(name, None, file) for file in ("config.json", ADAPTER_CONFIG)):
         return
     try:
         get_session().head(f"{ENDPOINT}/{name}", timeout=HF_HUB_ETAG_TIMEOUT)
@@ -108,11 +108,11 @@ def adapter_hash(source: str) -> str | None:
     Args:
         source: Folder or hub id.
     """
-    folder = local_folder(source, None, _ADAPTER_CONFIG)
-    if folder is None or not (folder / _ADAPTER_CONFIG).is_file():
+    folder = local_folder(source, None, ADAPTER_CONFIG)
+    if folder is None or not (folder / ADAPTER_CONFIG).is_file():
         return None
     weights = [path for name in _ADAPTER_WEIGHTS if (path := folder / name).is_file()][:1]
-    config = json.loads((folder / _ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     return value_hash([file_hashes(weights), adapter_settings(config)])
 
 

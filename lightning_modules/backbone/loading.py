@@ -15,11 +15,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig
+from transformers.utils.hub import cached_file
 
 from ...concepts._optional import require
 from ...records.paths import located
 from . import molmo  # noqa: F401 - makes Molmo known to transformers
-from .identity import check_reachable
+from .identity import ADAPTER_CONFIG, check_reachable
 from .processors import load_processor
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -54,6 +55,7 @@ def load_pretrained(
     check_remote_code(place, revision, trust_remote_code)
     with reading(model_id):
         check_reachable(place)
+        _check_no_adapter(place, revision)
         processor = load_processor(place, **source)
         if random_weights:
             config = AutoConfig.from_pretrained(place, **source)
@@ -166,6 +168,20 @@ def reading(model_id: str) -> Iterator[None]:
             f"model_id {model_id!r}: no image-text-to-text model can be loaded from it ({reason_of(error)}); give a "
             "folder in the Hugging Face layout or a hub id"
         ) from error
+
+
+def _check_no_adapter(place: str, revision: str | None) -> None:
+    """Refuse what transformers would load together with an adapter, so that no original is left.
+
+    Raises:
+        ValueError: There is one.
+    """
+    options: dict[str, Any] = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
+    if cached_file(place, ADAPTER_CONFIG, **options):
+        raise ValueError(
+            f"it has a PEFT adapter ({ADAPTER_CONFIG}), which would speak in place of the original; give the model "
+            "that it was made from, and the adapter with --model.init_args.destination or .adapter"
+        )
 
 
 def _keep_packed(model: nn.Module) -> None:

@@ -20,7 +20,7 @@ from transformers import AutoConfig
 from ...records.hashes import value_hash
 from ...records.paths import is_hub_id, located
 from .adapters import AdapterReader, attach, noted, switch
-from .destinations import DESTINATION, ORIGINAL, TRAINED, is_adapter
+from .destinations import DESTINATION, ORIGINAL, TRAINED, check_checkpoint, is_adapter
 from .exchange import Exchange, Original, differing
 from .identity import BASE_NOTE, OF_TENSORS, adapter_settings, base_note, check_reachable, destination_hash
 from .loading import quantization_of, reason_of, tensor_hash
@@ -114,6 +114,7 @@ class Variants(nn.Module, ABC):
             ValueError: It is missing, was made for a model of another structure, or `name` is taken.
         """
         path = self._found(path, name)
+        check_checkpoint(path)
         if is_adapter(path) or not _is_model(path):
             self.load_adapter(path, name)
             return
