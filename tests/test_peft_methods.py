@@ -204,7 +204,7 @@ def test_destinations_of_all_kinds_beside_each_other(
     adapter: Callable[[str], Path], tiny: Path, inputs: dict[str, Tensor], untouched: Tensor
 ) -> None:
     """What one writes into the original does not reach the next, in any order of calls."""
-    names = ["OLoRA", "LORA", "bias", "head", "PiSSA", "norms"]
+    names = ["OLoRA", "tokens", "LORA", "bias", "head", "PiSSA", "norms"]
     model = VisionLanguageModel.load(str(tiny))
     for name in names:
         model.add_destination(str(adapter(name)), name)

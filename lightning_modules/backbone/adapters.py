@@ -15,6 +15,7 @@ from unittest.mock import patch
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights, set_peft_model_state_dict
+from peft.utils.other import TrainableTokensWrapper
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -171,6 +172,13 @@ def noted(path: str, entry: str) -> str:
         return ""
 
 
+_tokens: Any = TrainableTokensWrapper.adapter_state_dict_load_map
+
+
+def _own_tokens(wrapper: Any, adapter: str) -> Any:
+    return _tokens(wrapper, adapter) if adapter in wrapper._adapters else {}
+
+
 def attach(model: Any, peft: PeftModel | None, path: str, name: str) -> PeftModel:
     """Attach an adapter, frozen and switched off.
 
@@ -192,8 +200,13 @@ def attach(model: Any, peft: PeftModel | None, path: str, name: str) -> PeftMode
         results.append(set_peft_model_state_dict(*args, **options))
         return results[-1]
 
-    # What it did not find, PEFT tells only of adapters that are not the first.
-    with warnings.catch_warnings(), patch("peft.peft_model.set_peft_model_state_dict", noting):
+    # What it did not find, PEFT tells only of adapters that are not the first; and it looks for the tokens of each one
+    # in every adapter that comes later.
+    with (
+        warnings.catch_warnings(),
+        patch("peft.peft_model.set_peft_model_state_dict", noting),
+        patch.object(TrainableTokensWrapper, "adapter_state_dict_load_map", _own_tokens),
+    ):
         warnings.filterwarnings("ignore", _HANDLED)
         if peft is None:
             peft = PeftModel.from_pretrained(model, path, adapter_name=name)
