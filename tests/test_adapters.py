@@ -82,6 +82,31 @@ OLD: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {**TEXT, "r": 4, "rank_pattern": {"model.language_model.layers.1.self_attn.q_proj": 2}},
         {"target_modules": _PATTERN, "rank_pattern": {"language_model.model.layers.1.self_attn.q_proj": 2}},
     ),
+    "scales": (
+        "LORA",
+        {**TEXT, "r": 4, "alpha_pattern": {r"language_model\.layers\.[12]\..*": 64}},
+        {"target_modules": _PATTERN, "alpha_pattern": {r"language_model\.model\.layers\.[12]\..*": 64}},
+    ),
+    "scales of another method": (
+        "LOKR",
+        {"target_modules": ["q_proj"], "r": 4, "alpha_pattern": {"model.language_model.layers.0.*": 64}},
+        {"alpha_pattern": {"language_model.model.layers.0.*": 64}},
+    ),
+    "frequencies": (
+        "FOURIERFT",
+        {**TEXT, "n_frequency": 50, "n_frequency_pattern": {"language_model.layers.1.*": 20}},
+        {"target_modules": _PATTERN, "n_frequency_pattern": {"language_model.model.layers.1.*": 20}},
+    ),
+    "parameters": (
+        "LORA",
+        {"target_modules": [], "r": 4, "target_parameters": ["model.language_model.layers.1.mlp.up_proj.weight"]},
+        {"target_parameters": ["language_model.model.layers.1.mlp.up_proj.weight"]},
+    ),
+    "norm, named by its end": (
+        "LORA",
+        {**TEXT, "r": 4, "modules_to_save": ["language_model.norm"]},
+        {"target_modules": _PATTERN, "modules_to_save": ["model.norm"]},
+    ),
     "vision tower": ("LORA", {"target_modules": r".*vision_tower.*fc1", "r": 4}, {"target_modules": r"vision.*fc1"}),
     "projector": (
         "LORA",

@@ -15,7 +15,7 @@ from unittest.mock import patch
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights, set_peft_model_state_dict
-from peft.utils.other import TrainableTokensWrapper
+from peft.utils.other import TrainableTokensWrapper, get_pattern_key
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -107,10 +107,18 @@ class AdapterReader:
                 if hasattr(config, option):
                     setattr(config, option, None)
         if getattr(config, "modules_to_save", None):
-            config.modules_to_save = [names.get(one, one) for one in config.modules_to_save]
-        for option in ("rank_pattern", "alpha_pattern", "trainable_token_indices"):
-            if isinstance(given := getattr(config, option, None), dict):
-                setattr(config, option, {names.get(name, name): value for name, value in given.items()})
+            named = {one: {names[old] for old in names if _matches([one], old)} for one in config.modules_to_save}
+            config.modules_to_save = sorted(after for one, found in named.items() for after in found or {one})
+        if getattr(config, "target_parameters", None):
+            paths = [one.rpartition(".") for one in config.target_parameters]
+            config.target_parameters = [f"{names.get(module, module)}.{one}" for module, _, one in paths]
+        if isinstance(given := getattr(config, "trainable_token_indices", None), dict):
+            config.trainable_token_indices = {names.get(name, name): value for name, value in given.items()}
+        # Ranks and scales of some modules, by expressions over their names.
+        for option, given in vars(config).items():
+            if option.endswith("_pattern") and isinstance(given, dict):
+                matched = {after: get_pattern_key(list(given), before) for before, after in names.items()}
+                setattr(config, option, {after: given[key] for after, key in matched.items() if key in given})
 
 
 def _outer(key: str) -> Iterator[str]:
