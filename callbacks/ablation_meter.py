@@ -116,7 +116,7 @@ class AblationMeter(ObjectMeter):
     def check(self, module: Inspection) -> None:
         """Read the files, and check that they are of this model."""
         backbone = module.backbone
-        width = backbone.unembed.weight.shape[1]
+        width = backbone.unembed.shape[1]
         self._token = torch.zeros(width)
         if self.reference is not None:
             found = _read(self.reference, backbone, width)

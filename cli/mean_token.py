@@ -102,7 +102,7 @@ def check_states(folder: Path, module: FeatureExtraction, data: PicturesDataModu
     data.setup("predict")
     samples = data.samples("predict")
     lengths = measured(samples, data, backbone)
-    width, dtype = backbone.unembed.weight.shape[1], backbone.model.dtype
+    width, dtype = backbone.unembed.shape[1], backbone.model.dtype
     size, free = disk_need(module, backbone, samples, lengths), free_disk(folder)
     print(
         f"{folder}: {len(samples)} pictures x {lengths.image:.0f} visual tokens x {width} numbers x {dtype.itemsize} "

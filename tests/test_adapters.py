@@ -280,6 +280,31 @@ def _weight(module: nn.Module) -> Tensor:
     return found
 
 
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("LORA", {"target_modules": ["lm_head"], "r": 4}),
+        ("LORA", {"target_modules": ["lm_head"], "r": 4, "use_dora": True}),
+        ("LORA", {**TEXT, "r": 4, "trainable_token_indices": {"lm_head": [5, 30]}}),
+        ("IA3", {"target_modules": ["lm_head"], "feedforward_modules": []}),
+    ],
+)
+def test_the_unembedding_is_that_of_who_speaks(kind: str, options: dict[str, Any], tiny: Path, tmp_path: Path) -> None:
+    """Also where an adapter is beside it and not in it: against PEFT's own merging."""
+    folder = write_adapter(tiny, tmp_path / "adapter", kind, options)
+    peft: Any = PeftModel.from_pretrained(plain(tiny), folder)
+    merged = peft.merge_and_unload().lm_head.weight
+    model = VisionLanguageModel.load(str(tiny))
+    own = model.unembed.weight
+    model.add_destination(str(folder))
+    with model.running_as("destination"):
+        torch.testing.assert_close(model.unembed.weight, merged, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(Readout.from_model(model).unembedding, merged, atol=1e-6, rtol=1e-5)
+        assert not torch.allclose(model.unembed.weight, own, atol=1e-3)
+    assert torch.equal(model.unembed.weight, own)
+    assert torch.equal(Readout.from_model(model).unembedding, own)
+
+
 def test_sites_that_were_found_before_an_adapter_came(tiny: Path, tmp_path: Path, pictures: list[Image.Image]) -> None:
     """A layer that it adapts, and a norm that it has of its own: the states are those behind them."""
     folder = write_adapter(tiny, tmp_path / "adapter", "LORA", {**TEXT, "r": 4, "modules_to_save": ["norm"]})

@@ -113,7 +113,7 @@ class LensReader:
         unembed: Unembedding,
         current: Callable[[], RunningPass | None],
     ) -> None:
-        tokens = len(unembed.weight)
+        tokens = unembed.shape[0]
         for site in sites:
             if site.name != "lm.embed" and not site.name.startswith("lm.block."):
                 raise ValueError(f"the logit lens reads lm.embed and lm.block.k, not {site.name!r}; choose among those")

@@ -188,7 +188,7 @@ class VisionLanguageModel(Variants):
     @property
     def vocabulary(self) -> list[str]:
         """Every row of the unembedding as decoded text; rows without a token are empty."""
-        rows, tokenizer = len(self.structure.head.weight), self.tokenizer
+        rows, tokenizer = self.unembed.shape[0], self.tokenizer
         if (found := self._vocabularies.get((rows, id(tokenizer)))) is None:
             found = [tokenizer.decode([token]) if token < len(tokenizer) else "" for token in range(rows)]
             self._vocabularies[rows, id(tokenizer)] = found

@@ -12,6 +12,8 @@ from functools import cached_property
 from typing import Any, TypeGuard
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 # Where a language model keeps its list of blocks, and what may lie between the accessor's module and that list.
@@ -50,10 +52,22 @@ class Unembedding:
     scales: tuple[tuple[str, float], ...] = ()
 
     @property
+    def shape(self) -> torch.Size:
+        """Of W_U [tokens, D]."""
+        shape: torch.Size = self.head.weight.shape
+        return shape
+
+    @property
     def weight(self) -> Tensor:
-        """W_U [tokens, D], the model's own."""
+        """W_U [tokens, D]: the model's own, or with what an adapter that speaks makes of it."""
         weight: Tensor = self.head.weight
-        return weight
+        adapted = isinstance(self.head, BaseTunerLayer | AuxiliaryTrainingWrapper) and not self.head.disable_adapters
+        if not adapted:
+            return weight
+        with torch.no_grad():
+            each = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
+            effect: Tensor = self.head(each) - self.head(torch.zeros_like(each[:1]))
+        return effect.T.contiguous()
 
     def __call__(self, states: Tensor) -> Tensor:
         """Logits [..., tokens] of states [..., D] that went through the final norm."""

@@ -115,7 +115,7 @@ class Variants(nn.Module, ABC):
         """
         path = self._found(path, name)
         check_checkpoint(path)
-        if is_adapter(path) or not _is_model(path):
+        if is_adapter(path) or not (Path(path).is_dir() or _is_model(path)):
             self.load_adapter(path, name)
             return
         try:
@@ -423,8 +423,9 @@ class Variants(nn.Module, ABC):
 
 
 def _is_model(path: str) -> bool:
+    """Whether a repository of the hub has a model."""
     try:
         AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError):
+    except Exception:  # also of its validators
         return False
     return True
