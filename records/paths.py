@@ -17,7 +17,7 @@ _HUB_NAME = re.compile(r"[\w.-]+")
 
 def user_path(given: str | os.PathLike[str]) -> Path:
     """A path as it was given; `~` is the home folder, and what is relative starts from the working directory."""
-    return Path(given).expanduser()
+    return Path(user_name(os.fspath(given)))
 
 
 def user_name(given: str) -> str:

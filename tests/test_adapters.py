@@ -230,6 +230,27 @@ def test_loading_leaves_no_trace_in_what_is_drawn(tiny: Path, tmp_path: Path) ->
     assert torch.equal(torch.rand(3), expected)
 
 
+def test_names_that_are_parts_of_others(tiny: Path, tmp_path: Path, inputs: dict[str, Tensor]) -> None:
+    """Of other destinations, and of the names of tensors, in which PEFT looks for them."""
+    names = ["run10", "run1", "destination", "dest", "lora_A", "weight", "lora", "q_proj", "0", "a", "base_model"]
+    kinds: list[dict[str, Any]] = [{**TEXT, "r": 2}, {"target_modules": ["fc1"], "r": 4}]
+    folders = [write_adapter(tiny, tmp_path / str(n), "LORA", kinds[n % 2], seed=n) for n in range(len(names))]
+    model = VisionLanguageModel.load(str(tiny))
+    for name, folder in zip(names, folders, strict=True):
+        model.add_destination(str(folder), name)
+    for name, folder in zip(names, folders, strict=True):
+        with model.running_as(name):
+            assert torch.equal(said(model, inputs), by_peft(tiny, folder, inputs)), name
+
+
+def test_weights_that_are_no_numbers(tiny: Path, tmp_path: Path) -> None:
+    folder = write_adapter(tiny, tmp_path / "adapter", "LORA", {**TEXT, "r": 4})
+    weights = load_file(folder / "adapter_model.safetensors")
+    save_file({key: value * float("nan") for key, value in weights.items()}, folder / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="its logits are not finite numbers"):
+        VisionLanguageModel.load(str(tiny)).add_destination(str(folder))
+
+
 def test_a_size_that_cannot_be_is_told_with_both_sizes(tiny: Path, make_model: Run, tmp_path: Path) -> None:
     """The reason is not cut off before it says what is wrong."""
     folder = write_adapter(make_model(text_width=96), tmp_path / "adapter", "LORA", {**TEXT, "r": 4})
@@ -278,6 +299,43 @@ def _weight(module: nn.Module) -> Tensor:
     found = module.weight
     assert isinstance(found, Tensor)
     return found
+
+
+@pytest.mark.parametrize("part", ["layers.1.mlp", "layers.1", "language_model"])
+def test_sites_in_a_part_that_an_adapter_has_of_its_own(
+    part: str, tiny: Path, tmp_path: Path, pictures: list[Image.Image]
+) -> None:
+    """A feed-forward network, a block, the whole language model: what is read is in the one that speaks."""
+    options = {"target_modules": r".*vision_tower.*q_proj", "r": 4, "modules_to_save": [part]}
+    folder = write_adapter(tiny, tmp_path / "adapter", "LORA", options)
+    model = VisionLanguageModel.load(str(tiny))
+    raw = "model.language_model.layers.1.mlp.up_proj"
+    names = [raw, "lm.block.0", "lm.block.1", "lm.block.2", "lm.norm"]
+    inputs = model.encode([pictures[0]], ["?"], ["a"])
+    before = model.sites(names)
+    own = model.read(inputs, before).states
+    peft: Any = PeftModel.from_pretrained(plain(tiny), folder).eval()
+    merged = peft.merge_and_unload()
+    expected: dict[str, Tensor] = {}
+    layers = merged.model.language_model.layers
+    for name, module in zip(names, (layers[1].mlp.up_proj, *layers, merged.model.language_model.norm), strict=True):
+        module.register_forward_hook(
+            lambda one, given, state, name=name: expected.__setitem__(
+                name, state[0] if isinstance(state, tuple) else state
+            )
+        )
+    with torch.no_grad():
+        merged(**{key: value for key, value in inputs.items() if key != "labels"})
+    model.add_destination(str(folder))
+    for sites in (before, model.sites(names)):
+        with model.running_as("destination"):
+            theirs = model.read(inputs, sites).states
+            model.self_check()
+        for name, states in expected.items():
+            torch.testing.assert_close(theirs[name], states, atol=1e-4, rtol=1e-4)
+            assert not torch.allclose(theirs[name], own[name], atol=1e-3), name
+        again = model.read(inputs, sites).states
+        assert all(torch.equal(again[name], states) for name, states in own.items())
 
 
 @pytest.mark.parametrize(

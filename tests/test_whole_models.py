@@ -88,6 +88,47 @@ def test_settings_are_exchanged(name: str, changed: Changed, tiny: Path, inputs:
             assert torch.equal(logits(model.model, inputs), theirs)
 
 
+ROPES: dict[str, dict[str, Any]] = {
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
+    "longrope": {
+        "rope_type": "longrope", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 16,
+        "short_factor": [1.0] * 16, "long_factor": [4.0] * 16,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("which", ["destination", "original"])
+def test_positions_that_depend_on_the_length(
+    rope: str, which: str, changed: Changed, tiny: Path, inputs: dict[str, Tensor]
+) -> None:
+    """Such models exchange their own buffers in a pass: each has its own, in any order of calls."""
+    folder = changed(text_config={"rope_parameters": ROPES[rope], "max_position_embeddings": 8})
+    first, second = (tiny, folder) if which == "destination" else (folder, tiny)
+    expected = {"original": logits(plain(first), inputs), "destination": logits(plain(second), inputs)}
+    assert not torch.equal(*expected.values())
+    model = VisionLanguageModel.load(str(first))
+    if which == "original":
+        assert torch.equal(logits(model.model, inputs), expected["original"])
+    model.add_destination(str(second))
+    for name in ("original", "destination", "destination", "original", "original", "destination", "original"):
+        with model.running_as(name):
+            assert torch.equal(logits(model.model, inputs), expected[name]), name
+
+
+def test_what_cannot_be_generated_is_told_at_once(changed: Changed, tiny: Path) -> None:
+    folder = changed("generation_config.json", stop_strings=["."])
+    with pytest.raises(ValueError, match=r"it cannot answer as the original is asked .*tokenizer"):
+        VisionLanguageModel.load(str(tiny)).add_destination(str(folder))
+
+
+def test_a_configuration_that_cannot_be_is_told_in_a_line(changed: Changed, tiny: Path) -> None:
+    folder = changed(text_config={"num_attention_heads": 5})
+    with pytest.raises(ValueError, match="give a model that was fine-tuned from") as error:
+        VisionLanguageModel.load(str(tiny)).add_destination(str(folder))
+    assert "\n" not in str(error.value)
+
+
 def test_settings_beside_adapters(
     changed: Changed, tiny: Path, inputs: dict[str, Tensor], make_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -13,11 +13,11 @@ from typing import Any
 from unittest.mock import patch
 
 from peft import PeftConfig, PeftModel
-from peft.tuners.tuners_utils import check_target_module_exists
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights, set_peft_model_state_dict
-from peft.utils.other import TrainableTokensWrapper, get_pattern_key
+from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper, get_pattern_key
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
@@ -229,6 +229,30 @@ def attach(model: Any, peft: PeftModel | None, path: str, name: str) -> PeftMode
         raise ValueError(f"it has no weights for layers that its configuration names, e.g. {missing[0]}")
     switch(peft, None)
     return peft
+
+
+def live_module(model: nn.Module, name: str) -> nn.Module:
+    """The module that stands under a name: within one that an adapter has of its own, the one of who speaks.
+
+    Args:
+        model: The transformers model.
+        name: The name that a module has with nothing attached.
+    """
+    module = model
+    for part in name.split("."):
+        if isinstance(module, ModulesToSaveWrapper):
+            speaks = module.active_adapters and not module.disable_adapters
+            module = module.modules_to_save[module.active_adapters[0]] if speaks else module.original_module
+        elif isinstance(module, BaseTunerLayer):
+            module = module.get_base_layer()
+        module = module.get_submodule(part)
+    return module
+
+
+def saves_parts(model: nn.Module) -> bool:
+    """Whether an adapter has modules of its own that others are in, such as a whole block."""
+    saved = (module for module in model.modules() if isinstance(module, ModulesToSaveWrapper))
+    return any([*module.original_module.children()] for module in saved)
 
 
 def switch(peft: PeftModel, adapter: str | None, trained: bool = False) -> None:

@@ -34,6 +34,11 @@ class Capture:
 
     def _collector(self, name: str) -> Change:
         def collect(state: Tensor) -> None:
+            if state.ndim > 3:
+                raise ValueError(
+                    f"site {name!r} has states of the shape {list(state.shape)}, not one vector for each position; "
+                    "choose a module that passes the hidden state on"
+                )
             self._parts[name].append(state.detach())
 
         return collect

@@ -63,7 +63,8 @@ class Original:
         seen: set[int] = set()
         for name, module in self.modules.items():
             for key, value in {**module._parameters, **module._buffers}.items():
-                if value is not None and id(value) not in seen:
+                # Parameters that are tied are there once; buffers are exchanged one by one.
+                if value is not None and (key in module._buffers or id(value) not in seen):
                     seen.add(id(value))
                     self._places[f"{name}.{key}".removeprefix(".")] = (module, key)
 
@@ -141,22 +142,40 @@ class Original:
         """
         if not exchange:
             return Exchange()
-        tensors = self.tensors()
         kept = Exchange(
-            {name: tensors[name].data for name in exchange.tensors},
+            {name: self._given(name) for name in exchange.tensors},
             {(name, key): getattr(self.modules[name], key) for name, key in exchange.settings},
-            {name: self._holder(name)[0]._modules[self._holder(name)[1]] for name in exchange.functions},  # type: ignore[misc]
+            {name: self._function(name) for name in exchange.functions},
         )
         # Gradients can be taken through them, whatever surrounds this.
         with torch.inference_mode(False):
             for name, value in exchange.tensors.items():
-                tensors[name].data = value.to(device=tensors[name].device, dtype=tensors[name].dtype)
+                self._give(name, value)
         for (name, key), setting in exchange.settings.items():
             setattr(self.modules[name], key, setting)
         for name, function in exchange.functions.items():
             holder, key = self._holder(name)
             holder._modules[key] = function
         return kept
+
+    def _given(self, name: str) -> Tensor:
+        module, key = self._places[name]
+        tensor: Tensor = getattr(module, key)
+        return tensor if key in module._buffers else tensor.data
+
+    def _give(self, name: str, value: Tensor) -> None:
+        module, key = self._places[name]
+        own: Tensor = getattr(module, key)
+        placed = value.to(device=own.device, dtype=own.dtype)
+        if key in module._buffers:
+            # Another object: rotary embeddings exchange their buffers themselves while they run.
+            module._buffers[key] = placed
+        else:
+            own.data = placed
+
+    def _function(self, name: str) -> nn.Module:
+        holder, key = self._holder(name)
+        return holder.get_submodule(key)
 
     def _holder(self, name: str) -> tuple[nn.Module, str]:
         outer, _, key = name.rpartition(".")
@@ -175,7 +194,8 @@ class Original:
         theirs = Original(other)
         if odd := sorted(set(self.modules) ^ set(theirs.modules)):
             raise ValueError(f"it is of another structure (first difference: {odd[0]})")
-        found = Exchange(self._changed(theirs.tensors(), growing))
+        tensors = theirs.tensors()
+        found = Exchange(self._changed(tensors, growing))
         for name, module in self.modules.items():
             counterpart = theirs.modules[name]
             if type(module) is not type(counterpart):
@@ -194,6 +214,11 @@ class Original:
                             "exchanged"
                         )
                     found.settings[name, key] = value
+            if any((name, key) in found.settings for key in after):
+                # What a pass changes on this module (rotary embeddings that depend on the length) is each one's own.
+                found.settings |= {(name, key): value for key, value in after.items() if _exchangeable(value)}
+                names = [f"{name}.{key}".removeprefix(".") for key in counterpart._buffers]
+                found.tensors |= {one: tensors[one] for one in names if one in tensors}
         return found
 
     def _changed(self, theirs: Mapping[str, Tensor], growing: set[str]) -> dict[str, Tensor]:

@@ -174,6 +174,11 @@ class VisionLanguageModel(Variants):
         """Logits of a small prompt with a picture, as the variant that speaks."""
         return self._asked()[0]
 
+    def speak(self) -> str:
+        """A few words about a picture of nothing, as the variant that speaks."""
+        (text,) = self.generate(self._picture_alone(Image.new("RGB", (64, 64), "gray")), 3).texts
+        return text
+
     @torch.no_grad()
     def _asked(self) -> tuple[Tensor, Tensor]:
         """Logits of a small prompt with a picture, and the final norm of the states after the last block."""
@@ -246,7 +251,8 @@ class VisionLanguageModel(Variants):
         Raises:
             ValueError: One matches nothing.
         """
-        return list(resolve_sites(self.structure, patterns, self.source, self._original.modules).values())
+        own = self._original.modules
+        return list(resolve_sites(self.structure, patterns, self.source, own, self.live_module).values())
 
     def _live(self, sites: Sequence[Site]) -> Sequence[Site]:
         """Sites as they are now: a destination that came later may have wrapped or exchanged a module."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
@@ -47,7 +47,9 @@ def find_sites(structure: Structure) -> dict[str, Site]:
     return {site.name: site for site in sites}
 
 
-def resolve_sites(structure: Structure, patterns: Iterable[str], source: str, own: Collection[str]) -> dict[str, Site]:
+def resolve_sites(
+    structure: Structure, patterns: Iterable[str], source: str, own: Collection[str], live: Callable[[str], nn.Module]
+) -> dict[str, Site]:
     """Turn names and wildcards into sites.
 
     Args:
@@ -55,6 +57,7 @@ def resolve_sites(structure: Structure, patterns: Iterable[str], source: str, ow
         patterns: Site names, `*` wildcards over them, or names of the model's own modules.
         source: Where the model came from, for the error message.
         own: Names of the model's own modules: what adapters put inside them is no site.
+        live: Which module stands under such a name now.
 
     Raises:
         ValueError: A pattern matches nothing.
@@ -64,9 +67,7 @@ def resolve_sites(structure: Structure, patterns: Iterable[str], source: str, ow
     for pattern in patterns:
         names = [name for name in known if fnmatchcase(name, pattern)]
         found = {name: known[name] for name in names} or {
-            name: Site(name, module, "output", "sequence")
-            for name, module in structure.model.named_modules()
-            if name and name in own and fnmatchcase(name, pattern)
+            name: Site(name, live(name), "output", "sequence") for name in own if name and fnmatchcase(name, pattern)
         }
         if not found:
             why = f" ({structure.without_visual_tokens})" if pattern == "projector" else ""

@@ -19,7 +19,7 @@ from transformers import AutoConfig
 
 from ...records.hashes import value_hash
 from ...records.paths import is_hub_id, located
-from .adapters import AdapterReader, attach, noted, switch
+from .adapters import AdapterReader, attach, live_module, noted, saves_parts, switch
 from .destinations import DESTINATION, ORIGINAL, TRAINED, check_checkpoint, is_adapter
 from .exchange import Exchange, Original, differing
 from .identity import BASE_NOTE, OF_TENSORS, adapter_settings, base_note, check_reachable, destination_hash
@@ -57,6 +57,9 @@ class Variants(nn.Module, ABC):
         # PEFT injects its layers into `model` in place; the handle only switches and saves them. It is kept out
         # of the module tree, where every parameter would be registered twice.
         self._peft: list[PeftModel] = []
+        # What PEFT calls each: it looks for a name within names of tensors, so that no name may be a part of another.
+        self._adapters: dict[str, str] = {}
+        self._saves_parts = False
         self._trained: str | None = None
         # What each destination has otherwise than the original, beside its adapter.
         self._exchanges: dict[str, Exchange] = {}
@@ -75,6 +78,10 @@ class Variants(nn.Module, ABC):
     @abstractmethod
     def ask(self) -> Tensor:
         """Logits of a small prompt with a picture, as the variant that speaks."""
+
+    @abstractmethod
+    def speak(self) -> str:
+        """A few words about a picture of nothing, as the variant that speaks."""
 
     # --- destinations -------------------------------------------------------------------------------------
 
@@ -98,6 +105,7 @@ class Variants(nn.Module, ABC):
             peft = get_peft_model(self.model, config, adapter_name=TRAINED)
             switch(peft, None)
         self._peft, self._trained = [peft], TRAINED
+        self._adapters[TRAINED] = TRAINED
         self._exchanges[TRAINED] = Exchange(written)
         self.structure.forget()
         self.speak_as(TRAINED)
@@ -140,6 +148,7 @@ class Variants(nn.Module, ABC):
         """
         adapter = self._found(adapter, name)
         self._keep_hash()
+        self._adapters[name] = f"variant_{len(self._adapters):04d}"
         before, tree = list(self._peft), self._original.tree()
         try:
             self._check_base(adapter)
@@ -188,7 +197,7 @@ class Variants(nn.Module, ABC):
                 # Some draw what they begin from: alike in every load, and without a trace in what is drawn later.
                 with self._guarded() as written, torch.random.fork_rng(devices):
                     torch.manual_seed(0)
-                    self._peft = [attach(self.model, peft, folder, name)]
+                    self._peft = [attach(self.model, peft, folder, self._adapters[name])]
             finally:
                 self._original.put(kept)
         return replace(exchange, tensors={key: value.cpu() for key, value in {**more, **written}.items()})
@@ -215,13 +224,15 @@ class Variants(nn.Module, ABC):
         """Remove what there is of a destination that could not be taken in."""
         for known in (self._exchanges, self._tokenizers, self._destination_hashes):
             known.pop(name, None)
-        if self._peft and name in self._peft[0].peft_config:
-            self._peft[0].delete_adapter(name)
+        adapter = self._adapters.pop(name, None)
+        if self._peft and adapter in self._peft[0].peft_config:
+            self._peft[0].delete_adapter(adapter)
         self.structure.forget()
 
     def _add(self, path: str, name: str, exchange: Exchange) -> None:
         """Take a destination in, and say if it says nothing else than the original."""
         self._exchanges[name] = exchange
+        self._saves_parts = saves_parts(self.model)
         self.structure.forget()
         self._note_hash(path, name)
         tensors = self._original.tensors()
@@ -229,14 +240,14 @@ class Variants(nn.Module, ABC):
             self._tokenizers[name] = grown_tokenizer(path, self.processor.tokenizer)
         if self.model.device.type == "meta":
             return
+        with self.running_as(ORIGINAL):
+            own = self.ask()
         try:
             said = self._said(name)
         except Exception as error:
             raise ValueError(
                 f"it cannot answer as the original is asked ({reason_of(error)}){self._other_settings(exchange)}"
             ) from error
-        with self.running_as(ORIGINAL):
-            own = self.ask()
         if own.shape == said.shape and torch.equal(own, said):
             warnings.warn(
                 f"destination {path!r} ({name}) gives a prompt with a picture the same logits as the original: as far "
@@ -256,15 +267,19 @@ class Variants(nn.Module, ABC):
         """What a destination says, as PEFT says it too."""
         with self.running_as(name):
             said = self.ask()
-            if self._peft and name in self._peft[0].peft_config:
+            if name in self._adapters:
                 own, self.model = self.model, self._peft[0]
                 try:
                     of_peft = self.ask()
                 finally:
                     self.model = own
-                if said.shape != of_peft.shape or not torch.allclose(said, of_peft, rtol=1e-3, atol=1e-3):
-                    kind = self._peft[0].peft_config[name].peft_type
+                if said.shape != of_peft.shape or not torch.allclose(said, of_peft, 1e-3, 1e-3, equal_nan=True):
+                    kind = self._peft[0].peft_config[self._adapters[name]].peft_type
                     raise ValueError(f"{getattr(kind, 'value', kind)} acts in PEFT's own forward; give another adapter")
+            if said.isnan().any():
+                raise ValueError("its logits are not finite numbers; train it anew, with a smaller learning rate")
+            if self._exchanges[name].settings:
+                self.speak()
         return said
 
     def _keep_hash(self) -> None:
@@ -331,10 +346,15 @@ class Variants(nn.Module, ABC):
             return
         self._original.put(self._kept)
         if self._peft:
-            adapter = variant if variant in self._peft[0].peft_config else None
-            switch(self._peft[0], adapter, trained=variant == self._trained)
+            switch(self._peft[0], self._adapters.get(variant), trained=variant == self._trained)
         self._kept = self._original.put(self._exchanges.get(variant, Exchange()))
         self.variant = variant
+        if self._saves_parts:
+            self.structure.forget()
+
+    def live_module(self, name: str) -> nn.Module:
+        """The module of who speaks that stands under a name of the original's."""
+        return live_module(self.model, name)
 
     @property
     def tokenizer(self) -> Any:
@@ -378,11 +398,11 @@ class Variants(nn.Module, ABC):
         """
         if variant in self._destination_hashes:
             return self._destination_hashes[variant]
-        if not self._peft or variant not in self._peft[0].peft_config:
+        if variant not in self._adapters:
             exchange = self._exchanges.get(variant)
             return None if exchange is None else f"{OF_TENSORS}:{tensor_hash(exchange.tensors)}"
-        weights = tensor_hash(get_peft_model_state_dict(self._peft[0], adapter_name=variant))
-        settings = adapter_settings(self._peft[0].peft_config[variant].to_dict())
+        weights = tensor_hash(get_peft_model_state_dict(self._peft[0], adapter_name=self._adapters[variant]))
+        settings = adapter_settings(self._peft[0].peft_config[self._adapters[variant]].to_dict())
         return f"{OF_TENSORS}:{value_hash([weights, json.loads(json.dumps(settings, default=str))])}"
 
     def weights_hash(self) -> str:
@@ -402,16 +422,15 @@ class Variants(nn.Module, ABC):
         Raises:
             ValueError: A destination is a whole model, of which there are no pieces.
         """
-        adapters = list(self._peft[0].peft_config) if self._peft else []
-        if odd := [name for name, exchange in self._exchanges.items() if exchange or name not in adapters]:
-            kind = "an adapter that writes into the original" if odd[0] in adapters else "a whole model"
+        if odd := [name for name, exchange in self._exchanges.items() if exchange or name not in self._adapters]:
+            kind = "an adapter that writes into the original" if odd[0] in self._adapters else "a whole model"
             raise ValueError(
                 f"destination {odd[0]!r} is {kind}, which cannot be exchanged in pieces; use --trainer.strategy ddp, "
                 "or give a plain LoRA adapter"
             )
         self._keep_hash()
         # No process can compute them alone later.
-        self._destination_hashes |= {name: found for name in adapters if (found := self.destination_hash(name))}
+        self._destination_hashes |= {name: found for name in self._adapters if (found := self.destination_hash(name))}
         self.is_sharded = True
         shard_model(self.structure, mesh, trained)
 
