@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoTokenizer
 
 from ..records.paths import located
+from .encoders import load_whole
 
 
 class BertScorer:
@@ -35,7 +36,8 @@ class BertScorer:
         try:
             place = located(model, "folder", owned=False)
             self._tokenizer: Any = AutoTokenizer.from_pretrained(place)
-            self._model: Any = AutoModel.from_pretrained(place, dtype=torch.float32).to(device).eval()
+            # Checkpoints of masked language models have no pooler, and no score needs one.
+            self._model: Any = load_whole(place, needless="pooler.").to(device).eval()
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise _no_bert(model, " ".join(str(error).split())) from error
         positions = getattr(self._model.config, "max_position_embeddings", None)

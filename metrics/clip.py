@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+from transformers import AutoImageProcessor, AutoTokenizer
 
 from ..records.paths import located
+from .encoders import load_whole
 
 _Item = TypeVar("_Item")
 
@@ -35,7 +36,7 @@ class ClipEncoder:
             # Pillow's resizing, so that a score does not depend on whether torchvision is installed.
             self._image_processor: Any = AutoImageProcessor.from_pretrained(place, backend="pil")
             self._tokenizer: Any = AutoTokenizer.from_pretrained(place)
-            self._model: Any = AutoModel.from_pretrained(place, dtype=torch.float32).to(device).eval()
+            self._model: Any = load_whole(place).to(device).eval()
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise _no_clip(model, " ".join(str(error).split())) from error
         if not (hasattr(self._model, "get_image_features") and hasattr(self._model, "get_text_features")):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from conceptshift.metrics import BertScorer
+from safetensors.torch import load_file, save_file
 from torchmetrics.functional.text import bert_score
 from transformers import AutoModel, AutoTokenizer
 
@@ -86,3 +88,17 @@ def test_a_folder_that_is_no_bert(tiny_clip: Path, tmp_path: Path) -> None:
         assert f"bert_model '{folder}'" in str(caught.value)
         assert reason in str(caught.value)
         assert len(str(caught.value).splitlines()) == 1
+
+
+def test_weights_that_lack_are_not_made_up(tiny_bert: Path, tmp_path: Path) -> None:
+    """But for a pooler, which masked language models are published without."""
+    folder = Path(shutil.copytree(tiny_bert, tmp_path / "less"))
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: value for name, value in weights.items() if not name.startswith("pooler.")}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    expected = BertScorer(str(tiny_bert)).f1(["a star"], [["a red star"]])
+    torch.testing.assert_close(BertScorer(str(folder)).f1(["a star"], [["a red star"]]), expected)
+    del kept["embeddings.word_embeddings.weight"]
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"its files have no embeddings\.word_embeddings\.weight, which would be"):
+        BertScorer(str(folder))

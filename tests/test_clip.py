@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from conceptshift.metrics import ClipEncoder, clip_score
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torchmetrics.functional.multimodal import clip_score as reference_score
 from transformers import AutoModel, AutoProcessor
@@ -107,3 +109,12 @@ def test_a_folder_that_is_no_clip(tiny: Path, tiny_bert: Path, tmp_path: Path) -
         assert f"clip_model '{folder}'" in str(caught.value)
         assert reason in str(caught.value)
         assert len(str(caught.value).splitlines()) == 1
+
+
+def test_weights_that_lack_are_not_made_up(tiny_clip: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_clip, tmp_path / "less"))
+    weights = load_file(folder / "model.safetensors")
+    del weights["visual_projection.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"its files have no visual_projection\.weight, which would be random"):
+        ClipEncoder(str(folder))
