@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conceptshift.datamodules.stored_features import FeatureStore
-from conceptshift.lightning_modules import VisionLanguageModel
+from conceptshift.lightning_modules import FineTuning, VisionLanguageModel
 from conceptshift.lightning_modules.backbone.readout import Readout
 from conceptshift.tests.adapters import TEXT, by_peft, plain, write_adapter
 from peft import LoraConfig, PeftModel
@@ -293,6 +293,17 @@ def test_words_of_the_original_beside_a_head_of_another(
         assert torch.allclose(model.final_norm(lens["lm.block.2"]), lens["lm.norm"], atol=1e-5)
     assert torch.equal(model.unembed.weight, base.lm_head.weight)
     assert torch.equal(_weight(model.final_norm), base.model.language_model.norm.weight)
+
+
+def test_words_are_the_original_s_while_an_adapter_speaks(tiny: Path, tmp_path: Path) -> None:
+    """A module that was given an adapter answers as it, and reads concepts as the original."""
+    folder = write_adapter(tiny, tmp_path / "adapter", "LORA", {**TEXT, "r": 4, "modules_to_save": ["lm_head"]})
+    (head,) = [value for key, value in load_file(folder / "adapter_model.safetensors").items() if "lm_head" in key]
+    module = FineTuning(str(tiny), adapter=str(folder))
+    module.configure_model()
+    assert torch.equal(module.backbone.unembed.weight, head)
+    assert torch.equal(module.readout.unembedding, plain(tiny).lm_head.weight)
+    assert torch.equal(module.backbone.unembed.weight, head), "it goes on speaking"
 
 
 def _weight(module: nn.Module) -> Tensor:
