@@ -174,6 +174,24 @@ def test_weights_come_back_whatever_happens(tiny: Path, whole: Path) -> None:
         model.running_as("step-000001").__enter__()
 
 
+def test_every_destination_is_checked_before_the_run(
+    predict: Run, make_adapter: Run, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each may have an unembedding of its own."""
+    checked: list[str] = []
+    check = VisionLanguageModel.self_check
+
+    def noting(model: VisionLanguageModel) -> None:
+        checked.append(model.variant)
+        check(model)
+
+    monkeypatch.setattr(VisionLanguageModel, "self_check", noting)
+    paths = [make_adapter(tiny, tmp_path / name, scale=0.2) for name in ("first", "second")]
+    listed = ",".join(map(str, paths))
+    assert predict(tmp_path / "store", f"--model.destination=[{listed}]", "--data.limit=2").status == 0
+    assert checked == ["original", "first", "second"]
+
+
 def test_a_name_is_taken_once(tiny: Path, make_adapter: Run, tmp_path: Path) -> None:
     adapter = str(make_adapter(tiny, tmp_path / "adapter", scale=0.2))
     model = VisionLanguageModel.load(str(tiny))
